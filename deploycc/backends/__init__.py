@@ -1,0 +1,1 @@
+"""Backends turn a lowered artefact into an engine."""

@@ -1,0 +1,131 @@
+"""Small questions about an onnx_ir graph, and the few edits that every pass needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """Return the array of an initializer, or None for anything computed, fed or absent."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        return None
+    return value.const_value.numpy()
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Return whether ``value`` is an initializer with data, without reading the data."""
+    return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """Return the number held by a one-element constant, else None."""
+    if value is None or not is_constant(value) or value.const_value is None or value.const_value.size != 1:
+        return None
+    return float(value.const_value.numpy().reshape(-1)[0])
+
+
+def constant_bytes(tensor: ir.TensorProtocol) -> bytes:
+    """Return the little-endian bytes of a tensor."""
+    return tensor.tobytes()
+
+
+def sole_consumer(value: ir.Value) -> ir.Node | None:
+    """Return the only node that reads ``value`` if there is exactly one and the value is not a graph output."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return uses[0].node
+
+
+def attribute(node: ir.Node, name: str, default: object = None) -> object:
+    """Return the plain value of an attribute, or ``default``."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """Return the number of dimensions if it is known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Return the shape if every dimension is a known integer."""
+    if value is None or value.shape is None or not all(isinstance(d, int) for d in value.shape):
+        return None
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def taken_names(graph: ir.Graph) -> set[str]:
+    """Return every value name of the graph and of its subgraphs."""
+    names = {v.name for v in graph.inputs if v.name} | set(graph.initializers)
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        names.update(v.name for v in node.outputs if v.name)
+    return names
+
+
+def fresh_name(wanted: str, taken: set[str]) -> str:
+    """Return ``wanted`` or the first free ``wanted_N``, and mark it as taken."""
+    name, number = wanted, 1
+    while name in taken:
+        name, number = f"{wanted}_{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """Register a constant under a name derived from ``name`` that is free in the graph."""
+    name = fresh_name(name, set(graph.initializers) | {v.name or "" for v in graph.inputs})
+    tensor = ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let every reader of ``old`` read ``new``; a graph output keeps its name, type and shape."""
+    graph = new.graph or old.graph
+    if old.is_graph_output() and graph is not None:
+        name = old.name
+        for position, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[position] = new
+        old.name = f"{name}_replaced"
+        new.name = name
+        if new.type is None:
+            new.type = old.type
+        if old.shape is not None:
+            new.shape = old.shape
+    old.replace_all_uses_with(new)
+
+
+def remove_dead_nodes(graph: ir.Graph, candidates: Iterable[ir.Node] | None = None) -> list[str]:
+    """Remove nodes none of whose outputs are read, walking backwards; return their names."""
+    removed: list[str] = []
+    for node in reversed(list(candidates if candidates is not None else graph)):
+        if node.graph is not graph or any(v.uses() or v.is_graph_output() for v in node.outputs):
+            continue
+        graph.remove(node, safe=True)
+        removed.append(node.name or node.op_type)
+    return removed
+
+
+def remove_unused_initializers(graph: ir.Graph) -> None:
+    """Drop initializers that nobody reads."""
+    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[name]
+
+
+def float_values(nodes: Sequence[ir.Node]) -> Iterator[ir.Value]:
+    """Yield the floating-point outputs of ``nodes``."""
+    for node in nodes:
+        yield from (v for v in node.outputs if v.dtype in FLOAT_TYPES)
+
+
+def opset(model: ir.Model) -> int:
+    """Return the version of the default ONNX domain."""
+    return model.graph.opset_imports.get("", 0)

@@ -1,0 +1,115 @@
+"""What a pass is, what it returns, and the runner that makes it a transaction.
+
+A pass is a frozen dataclass whose fields are its options. Calling it edits the given model in place and returns evidence:
+every rewrite with its proof obligation, and every place it declined, with a reason code. The runner hands it a clone, so
+that a failing pass changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import onnx_ir as ir
+
+from deploycc.core.contract import Contract, violations
+from deploycc.core.errors import ContractError, DeployccError
+from deploycc.core.graph import remove_unused_initializers
+
+Phase = Literal["canonicalize", "quantize", "lower"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """One place that a pass changed; ``proof`` is ``exact`` or the error bound it claims."""
+
+    anchor: str
+    what: str
+    proof: str = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """One place that a pass recognised and left alone, with the reason."""
+
+    anchor: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """The evidence of one run of a pass."""
+
+    rewrites: tuple[Rewrite, ...] = ()
+    declines: tuple[Decline, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """Return whether the pass changed anything; derived, never claimed."""
+        return bool(self.rewrites)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A graph pass; ``repr`` is its spec, its cache key and its line in the report."""
+
+    phase: ClassVar[Phase]
+    after: ClassVar[tuple[str, ...]]
+
+    def __call__(self, model: ir.Model) -> PassResult:
+        """Edit ``model`` in place and return what was done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What the report says of one pass."""
+
+    spec: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    rewrites: tuple[Rewrite, ...] = field(default=())
+    declines: tuple[Decline, ...] = field(default=())
+
+
+def run(model: ir.Model, passes: Sequence[Pass], *, contract: Contract) -> tuple[ir.Model, list[PassRecord]]:
+    """Apply ``passes`` in order to a clone of ``model`` and check ``contract`` on the result.
+
+    Raises:
+        ContractError: if a pass crashes or leaves a broken graph, naming the pass; the given model is untouched.
+    """
+    current, records = model, []
+    for each in passes:
+        attempt = current.clone()
+        before, start = current.graph.num_nodes(), time.perf_counter()
+        try:
+            result = each(attempt)
+        except DeployccError:
+            raise
+        except Exception as error:
+            raise ContractError(
+                f"the pass {each!r} failed with {type(error).__name__}: {error}",
+                at=f"a graph of {before} nodes",
+                fix="report it with the model; the build directory was left as it was",
+            ) from error
+        if result.modified:
+            attempt.graph.sort()
+            remove_unused_initializers(attempt.graph)
+            current = attempt
+        records.append(
+            PassRecord(repr(each), time.perf_counter() - start, before, current.graph.num_nodes(), result.rewrites, result.declines)
+        )
+    check(current, contract, at=f"the result of {len(passes)} passes")
+    return current, records
+
+
+def check(model: ir.Model, contract: Contract, *, at: str) -> None:
+    """Raise ContractError listing the violations of ``contract``, if there are any."""
+    found = list(violations(model, contract))
+    if found:
+        shown = "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise ContractError(f"the {contract.name} contract is broken: {shown}", at=at, fix="this is a defect of deploycc; report it with the model")

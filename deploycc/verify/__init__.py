@@ -1,0 +1,1 @@
+"""Measurements of what was built. They measure and repair nothing."""

@@ -1,0 +1,1 @@
+"""Graph passes: one file each, none imports another. They are found by entry point (group ``deploycc.passes``)."""
