@@ -1,0 +1,205 @@
+"""ONNX Runtime on the CPU: a deployment target, and the reference that calibration and verification execute.
+
+Q/DQ is simulated in floating point exactly where the file places it (``session.disable_quant_qdq``): TensorRT's semantics,
+and the only way in which the CPU provider runs FP8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from deploycc.core import child
+from deploycc.core.backend import BuildOptions, Engine, Executor, Feeds, Realised
+from deploycc.core.errors import BackendError
+from deploycc.core.formats import FORMATS, Format
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from deploycc.core.shapes import Profile
+    from deploycc.core.target import Target
+
+# Protobuf refuses messages of 2 GiB; larger constants travel through a file.
+INLINE_LIMIT = 1_500_000_000
+_NODE_IN_ERROR = (
+    r"[Nn]ode\s*\(([^)\s]+)\)",
+    r"Name:'([^']*)'",
+    r"node with name '([^']*)'",
+    r"for the node (\S+?):",
+    r"[Nn]ode:\s*([^\s,]+)",
+    r"operator \(\w+\) in node \(([^)]*)\)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxRuntime:
+    """The CPU provider of ONNX Runtime: the ONNX file is the engine."""
+
+    name: str = "onnxruntime"
+
+    def resolve(self, target: Target) -> Target:
+        """Return ``target``: the CPU needs no architecture."""
+        return target
+
+    def formats(self, target: Target) -> frozenset[Format]:
+        """Return every format: what the CPU lacks (BF16, FP8) is emulated, never faster."""
+        return frozenset(FORMATS.values())
+
+    def unsupported_reason(self, target: Target, wanted: Format) -> str:
+        """Return why ``target`` does not compute in ``wanted``; empty here, since everything runs."""
+        return ""
+
+    def build(self, model: Path, target: Target, *, out: Path, profiles: Sequence[Profile], options: BuildOptions) -> Engine:
+        """Copy ``model`` (and its external data) to ``out`` after a child process has loaded it.
+
+        Raises:
+            BackendError: when the file does not load, with the node that is at fault.
+        """
+        start = time.perf_counter()
+        try:
+            answer = child.call("deploycc.backends.onnxruntime:load_in_child", {"model": str(model)}, timeout=options.timeout)
+        except child.ChildTimedOut:
+            raise BackendError(
+                f"ONNX Runtime did not load the model within {options.timeout:.0f} s", at=str(model), fix="raise the time-out"
+            ) from None
+        except child.ChildCrashed as error:
+            fix = "check the file with onnx.checker.check_model(path, full_check=True)"
+            raise BackendError(f"ONNX Runtime crashed while loading the model ({error.kind})", at=str(model), fix=fix) from None
+        except child.ChildError as error:
+            raise _translated(error.message, at=str(model)) from None
+        size = copy_model(model, out)
+        realised = Realised(source="ONNX file", note="the file is executed as written; its Q/DQ nodes are simulated in floating point")
+        return Engine(target, out, size, time.perf_counter() - start, answer["peak_rss_mb"], realised)
+
+    def executor(self, model: ir.Model, *, simulate: bool = False) -> Executor:
+        """Return an executor of ``model``; with ``simulate``, 16-bit types are emulated (see `deploycc.backends.emulation`).
+
+        Raises:
+            BackendError: when ONNX Runtime refuses the model, naming the node where it is known.
+        """
+        from deploycc.backends import emulation
+
+        feeds = {value.name or "": value.dtype for value in model.graph.inputs}
+        if simulate and emulation.uses_emulated_types(model):
+            model = emulation.emulate(model)
+        with _translating(f"model '{model.graph.name}'"):
+            return _Session(_session(model), feeds)
+
+    def doctor(self) -> Mapping[str, Any]:
+        """Return the version of ONNX Runtime and its providers."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            return {"available": False, "reason": str(error)}
+        return {"available": True, "version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """An executor: converts feeds to the types the session takes, names the node of an error."""
+
+    session: Any
+    kinds: Mapping[str, ir.DataType | None]
+
+    def __call__(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        names = list(outputs) if outputs is not None else [o.name for o in self.session.get_outputs()]
+        wide = {i.name for i in self.session.get_inputs() if i.type == "tensor(float)"}
+        cast = {n: np.asarray(v, np.float32) if n in wide and _is_float(v) else v for n, v in feeds.items()}
+        with _translating("this batch"):
+            return dict(zip(names, self.session.run(names, cast), strict=True))
+
+
+def load_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Load a file as it will be deployed: the child's side of `OnnxRuntime.build`."""
+    import resource
+
+    import onnxruntime
+
+    onnxruntime.InferenceSession(request["model"], _session_options(), providers=["CPUExecutionProvider"])
+    return {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def copy_model(model: Path, out: Path) -> int:
+    """Copy an ONNX file with its external data to ``out`` atomically; return the bytes written."""
+    import onnx
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if model.resolve() == out.resolve():
+        return model.stat().st_size
+    proto = onnx.load(model, load_external_data=False)
+    entries = (entry for tensor in proto.graph.initializer for entry in tensor.external_data)
+    locations = {entry.value for entry in entries if entry.key == "location"}
+    size = 0
+    for source, destination in [*((model.parent / name, out.parent / name) for name in sorted(locations)), (model, out)]:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if source.resolve() != destination.resolve():
+            partial = destination.with_name(destination.name + ".partial")
+            shutil.copyfile(source, partial)
+            partial.replace(destination)
+        size += destination.stat().st_size
+    return size
+
+
+def _session(model: ir.Model) -> Any:
+    """Return a CPU session of ``model``; constants that lie in files stay there and are memory-mapped."""
+    import onnxruntime
+
+    options = _session_options()
+    providers = ["CPUExecutionProvider"]
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
+    external = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
+    folders = {str(Path(t.base_dir).resolve()) for t in external}
+    inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
+    if inline < INLINE_LIMIT and len(folders) <= 1:
+        for folder in folders:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=providers)
+    with tempfile.TemporaryDirectory(prefix="deploycc-reference-") as scratch:
+        path = Path(scratch, "model.onnx")
+        ir.save(model, path, external_data="model.onnx.data")
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+def _session_options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = os.cpu_count() or 1
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+@contextlib.contextmanager
+def _translating(at: str) -> Iterator[None]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort
+
+    kinds = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented, ort.RuntimeException, ort.EPFail)
+    try:
+        yield
+    except (*kinds, ValueError, RuntimeError) as error:
+        raise _translated(str(error), at=at) from error
+
+
+def _translated(message: str, *, at: str) -> BackendError:
+    node = next((found[1] for pattern in _NODE_IN_ERROR if (found := re.search(pattern, message)) and found[1]), None)
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message).strip()
+    text = re.sub(r"/\S+/(?=\S+\.(?:cc|h)\b)", "", text)
+    fix = "check the node against the ONNX operator's definition, or keep it in a type that the CPU provider implements (FP32)"
+    return BackendError(f"ONNX Runtime refused the model: {text}", at=f"node '{node}' of {at}" if node else at, fix=fix)
+
+
+def _is_float(array: object) -> bool:
+    dtype = np.asarray(array).dtype
+    return dtype.kind == "f" or dtype.name == "bfloat16"
