@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.backends.memory import peak_rss_mb
+from deploycc.backends.modelfile import copy_model
 from deploycc.core import child
 from deploycc.core.backend import BuildOptions, Engine, Executor, Feeds, Realised
 from deploycc.core.errors import BackendError
@@ -122,33 +123,10 @@ class _Session:
 
 def load_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
     """Load a file as it will be deployed: the child's side of `OnnxRuntime.build`."""
-    import resource
-
     import onnxruntime
 
     onnxruntime.InferenceSession(request["model"], _session_options(), providers=["CPUExecutionProvider"])
-    return {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-
-
-def copy_model(model: Path, out: Path) -> int:
-    """Copy an ONNX file with its external data to ``out`` atomically; return the bytes written."""
-    import onnx
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if model.resolve() == out.resolve():
-        return model.stat().st_size
-    proto = onnx.load(model, load_external_data=False)
-    entries = (entry for tensor in proto.graph.initializer for entry in tensor.external_data)
-    locations = {entry.value for entry in entries if entry.key == "location"}
-    size = 0
-    for source, destination in [*((model.parent / name, out.parent / name) for name in sorted(locations)), (model, out)]:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        if source.resolve() != destination.resolve():
-            partial = destination.with_name(destination.name + ".partial")
-            shutil.copyfile(source, partial)
-            partial.replace(destination)
-        size += destination.stat().st_size
-    return size
+    return {"peak_rss_mb": peak_rss_mb()}
 
 
 def _session(model: ir.Model) -> Any:
