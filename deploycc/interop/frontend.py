@@ -1,0 +1,133 @@
+"""The child's side of loading: everything that calls into the onnx library on a model nobody has checked yet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from onnx import checker, inliner, shape_inference
+
+from deploycc.core.errors import UsageError
+from deploycc.interop.opsets import raise_opset
+from deploycc.interop.order import sort_nodes
+from deploycc.interop.protos import graphs, nodes, parse_proto
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+OWN_DOMAIN = "deploycc"
+
+
+def normalize(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the skeleton at ``request['skeleton']`` to normal form, in place; return a refusal if there is one."""
+    file, path = Path(request["skeleton"]), str(request["path"])
+    try:
+        model = normalized(parse_proto(file.read_bytes()), opset=int(request["opset"]), path=path)
+    except UsageError as error:
+        return {"refused": {"what": error.what, "at": error.at, "fix": error.fix}}
+    file.write_bytes(model.SerializeToString())
+    return {}
+
+
+def normalized(model: onnx.ModelProto, *, opset: int, path: str) -> onnx.ModelProto:
+    """Return the model checked, inlined, named, sorted, at ``opset`` or above, with inferred types and shapes."""
+    model.ir_version = max(model.ir_version, 10)
+    normalize_domains(model)
+    sort_nodes(model.graph, path)
+    _check(model, path)
+    model = inline(model, path)
+    name_nodes(model.graph)
+    sort_nodes(model.graph, path)
+    model = raise_opset(model, opset=opset, path=path)
+    name_nodes(model.graph)
+    model = infer(model, path)
+    _check(model, path)
+    return model
+
+
+def normalize_domains(model: onnx.ModelProto) -> None:
+    """Write the default domain in one way."""
+    for imports in (model.opset_import, *(f.opset_import for f in model.functions)):
+        for entry in imports:
+            if entry.domain == "ai.onnx":
+                entry.domain = ""
+    for owner in (model.graph, *model.functions):
+        for node in nodes(owner):
+            if node.domain == "ai.onnx":
+                node.domain = ""
+
+
+def inline(model: onnx.ModelProto, path: str) -> onnx.ModelProto:
+    """Inline every function but those of our own domain, which stand for plugins."""
+    if not model.functions:
+        return model
+    own = [(f.domain, f.name) for f in model.functions if f.domain == OWN_DOMAIN]
+    result = (
+        inliner.inline_selected_functions(model, own, exclude=True) if own else inliner.inline_local_functions(model, convert_version=True)
+    )
+    left = [f"{f.domain}::{f.name}" for f in result.functions if f.domain != OWN_DOMAIN]
+    called = {(n.domain, n.op_type) for n in nodes(result.graph)}
+    stuck = [name for name in left if tuple(name.split("::")) in called]
+    if stuck:
+        raise UsageError(
+            f"the function {stuck[0]} cannot be inlined",
+            at=f"'{path}'",
+            fix="export the model with one opset for the graph and its functions",
+        )
+    if left:
+        kept = [f for f in result.functions if f.domain == OWN_DOMAIN]
+        del result.functions[:]
+        result.functions.extend(kept)
+    return result
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every node of the graph and its subgraphs a unique name; the first bearer of a name keeps it."""
+    taken = {node.name for node in nodes(graph) if node.name}
+    seen: set[str] = set()
+    counts: Counter[str] = Counter()
+    for node in nodes(graph):
+        if node.name and node.name not in seen:
+            seen.add(node.name)
+            continue
+        stem = node.name or node.op_type
+        while (name := f"{stem}_{counts[stem]}") in taken:
+            counts[stem] += 1
+        node.name = name
+        taken.add(name)
+        seen.add(name)
+
+
+def infer(model: onnx.ModelProto, path: str) -> onnx.ModelProto:
+    """Infer types and shapes, strictly; hints in the file that contradict the inference are dropped and inferred anew."""
+    failure: Exception | None = None
+    for hints, propagate in ((True, True), (False, True), (False, False)):
+        attempt = model if hints else _without_hints(model)
+        try:
+            return shape_inference.infer_shapes(attempt, check_type=True, strict_mode=True, data_prop=propagate)
+        except (shape_inference.InferenceError, RuntimeError) as error:
+            failure = failure or error
+    text = " ".join(str(failure).split())
+    raise UsageError(
+        f"the model's types or shapes contradict each other: {text[:400]}", at=f"'{path}'", fix="correct the named node and export again"
+    )
+
+
+def _without_hints(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for graph in graphs(result.graph):
+        del graph.value_info[:]
+    return result
+
+
+def _check(model: onnx.ModelProto, path: str) -> None:
+    try:
+        checker.check_model(model)
+    except checker.ValidationError as error:
+        text = " ".join(str(error).split())
+        raise UsageError(
+            f"the model is not valid ONNX: {text[:400]}", at=f"'{path}'", fix="correct what is named here and export again"
+        ) from error
