@@ -1,8 +1,135 @@
-"""Stub."""
+"""Read what an engine computes in from the program text that its compiler leaves inside.
+
+A TensorRT-RTX engine contains listings of its compiled program in plain text: tensors with their types, ops with their
+operands, and the ONNX nodes that each op absorbed. That answers without a GPU whether a node asked to run in INT8 does. The
+text is undocumented, so it is read only from versions on which it was verified, and it never decides whether a build is good.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deploycc.core.backend import Realised
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+VERIFIED = ((1, 7),)
+TYPES = {"half": "fp16", "float": "fp32", "bfloat16": "bf16", "b16": "bf16", "fp8_e4m3": "fp8"}
+FLOATS = ("fp16", "bf16", "fp32")
+# The ops that multiply matrices: their short names in the counts, and how many of their inputs are operands.
+COMPUTE = {"corrltn": ("conv", 2), "deconvolution": ("deconv", 2), "fully_connected": ("fc", 2), "_gemm_mha_v2": ("mha", 3)}
+_MOVES = re.compile(r"__myl_(?:Tran|Resh|Move|Slic|Etc)+")
+_TENSOR = re.compile(r'^ *(?:sub_)?tensor=\{[^\n]* name="([^"]*)"[^\n]* type=(\w+) \}', re.MULTILINE)
+_OP = re.compile(r"^  (corrltn|deconvolution|fully_connected|runtime_fusion|function)=\{ ([^\n]*)", re.MULTILINE)
+_INPUTS = re.compile(r' input(?:_args)?=\{((?: ?"[^"]*")*) ?\}')
+# A listing runs from its header to the first byte that is not text; 0x1f separates the names of ONNX nodes.
+_SEPARATOR = "\x1f"
+_LISTING = re.compile(rb"header \{\n[^\x00-\x08\x0b-\x1e\x7f]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One op of a listing: its kind, its name, the names of its inputs, and the ONNX nodes it absorbed."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    nodes: tuple[str, ...]
+
 
 def read_listing(engine: bytes) -> Realised:
-    """Stub."""
-    return Realised(note="not read")
+    """Return the operand types per ONNX node, and counts of ops; an empty record with a note when they cannot be read.
+
+    Counts: ``conv_int8``, ``fc_fp16``, ``mha_fp8`` and so on by operand type (``int8xfp16`` when the operands differ);
+    ``fc_dequantised`` for matrix products in floating point that dequantize a constant on the fly;
+    ``weights_dequantised_at_run_time`` for constants that a kernel of its own dequantizes at every inference;
+    ``reformats`` for kernels that only move data; ``kernels`` for everything launched.
+    """
+    version = engine_version(engine)
+    if version[:2] not in VERIFIED:
+        shown = ".".join(map(str, version)) or "none"
+        return Realised(note=f"the engine's listing is read for TensorRT-RTX 1.7 only (version found: {shown})")
+    source = f"program text inside the engine, TensorRT-RTX {'.'.join(map(str, version))}"
+    operands: dict[str, tuple[str, ...]] = {}
+    counts: Counter[str] = Counter()
+    for listing in listings(engine):
+        types = {name: TYPES.get(kind, kind) for name, kind in _TENSOR.findall(listing)}
+        for op in ops(listing):
+            counts["kernels"] += 1
+            if compute := _compute(op, types):
+                label, found = compute
+                counts[label] += 1
+                for node in op.nodes:
+                    operands.setdefault(node, found)
+            elif special := _special(op, types):
+                counts[special] += 1
+    attention = sum(n for label, n in counts.items() if label.startswith("mha_"))
+    note = "" if operands else "no matrix product was found in the engine's program text"
+    return Realised(operands, attention, dict(sorted(counts.items())), source, note)
+
+
+def engine_version(engine: bytes) -> tuple[int, ...]:
+    """Return the four numbers of the version that built ``engine``, or nothing when this is not an engine."""
+    return tuple(engine[24:28]) if engine[:4] == b"vtrt" and len(engine) >= 28 else ()
+
+
+def listings(engine: bytes) -> Iterator[str]:
+    """Yield the main listings: those compiled for named architectures (nested ones, of single kernels, say ``*``)."""
+    for found in _LISTING.finditer(engine):
+        text = found[0].decode("utf-8", errors="replace").split("\nshape_main {")[0]
+        if re.search(r"^  accelerators=\{sm", text, re.MULTILINE) and "\nmain {" in text:
+            yield text
+
+
+def ops(listing: str) -> Iterator[Op]:
+    """Yield the ops of one listing in order."""
+    for kind, text in _OP.findall(listing):
+        name = re.match(r'name="?([^" ]*)', text)
+        inputs = _INPUTS.search(text)
+        layers = re.search(r' layers="([^"]*)"', text)
+        yield Op(
+            kind,
+            name[1] if name else "",
+            tuple(re.findall(r'"([^"]*)"', inputs[1])) if inputs else (),
+            tuple(layer.removeprefix("[ONNX Layer: ").removesuffix("]") for layer in layers[1].split(_SEPARATOR)) if layers else (),
+        )
+
+
+def _compute(op: Op, types: Mapping[str, str]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the count's label and the operand types if ``op`` multiplies matrices."""
+    if op.kind == "runtime_fusion" and "Fc" in op.name:
+        return _fused(op, types)
+    known = COMPUTE.get(op.name if op.kind == "function" else op.kind)
+    if known is None:
+        return None
+    label, arity = known
+    found = tuple(types.get(name, "unknown") for name in op.inputs[:arity])
+    return f"{label}_{'x'.join(dict.fromkeys(found))}", found
+
+
+def _fused(op: Op, types: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Return label and operand types of a matrix product that was fused with the ops around it.
+
+    Its name spells the fused ops in order. Casts before ``Fc`` dequantize an operand, so the product itself is in floating point.
+    """
+    data = [types[name] for name in op.inputs if types.get(name, "int64") not in ("int64", "int32", "bool")]
+    before = op.name.split("Fc")[0]
+    if "Cast" in before and any(kind not in FLOATS for kind in data):
+        kind = next((k for k in data if k in FLOATS), "fp32")
+        return "fc_dequantised", (kind, kind)
+    found = tuple(data[:2])
+    return f"fc_{'x'.join(dict.fromkeys(found))}", found
+
+
+def _special(op: Op, types: Mapping[str, str]) -> str | None:
+    """Return the label of a kernel that costs time without computing, if ``op`` is one."""
+    if _MOVES.fullmatch(op.name):
+        return "reformats"
+    is_constant = all(name.endswith("const") for name in op.inputs)
+    if op.inputs and is_constant and any(types.get(name) in ("int8", "fp8", "int4", "fp4_e2m1") for name in op.inputs):
+        return "weights_dequantised_at_run_time"
+    return None
