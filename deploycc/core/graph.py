@@ -60,6 +60,14 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
 
 
+def axes_of(node: ir.Node) -> tuple[int, ...] | None:
+    """Return the axes given as an attribute or as a constant second input, else None."""
+    if "axes" in node.attributes:
+        return tuple(node.attributes["axes"].as_ints())
+    given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    return None if given is None else tuple(int(a) for a in given.reshape(-1))
+
+
 def taken_names(graph: ir.Graph) -> set[str]:
     """Return every value name of the graph and of its subgraphs."""
     names = {v.name for v in graph.inputs if v.name} | set(graph.initializers)
@@ -129,3 +137,49 @@ def float_values(nodes: Sequence[ir.Node]) -> Iterator[ir.Value]:
 def opset(model: ir.Model) -> int:
     """Return the version of the default ONNX domain."""
     return model.graph.opset_imports.get("", 0)
+
+
+def can_take_name(value: ir.Value) -> bool:
+    """Return whether ``value`` may be renamed, as ``replace_value`` does where it replaces a graph output."""
+    return value.producer() is not None and not value.is_graph_output() and not value.is_graph_input()
+
+
+def inherit_metadata(node: ir.Node, sources: Iterable[ir.Node]) -> None:
+    """Give ``node`` the metadata of the nodes whose work it took over; what it already has stays."""
+    for source in sources:
+        for key, text in source.metadata_props.items():
+            node.metadata_props.setdefault(key, text)
+
+
+def substitute(
+    last: ir.Node,
+    operator: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    attributes: Sequence[ir.Attr] = (),
+    absorbed: Sequence[ir.Node] = (),
+) -> ir.Node:
+    """Replace ``last``, and the ``absorbed`` nodes that only it needs, by one node that keeps its name and output name."""
+    graph, old = last.graph, last.outputs[0]
+    if not isinstance(graph, ir.Graph):
+        raise TypeError(f"'{last.name}' belongs to no graph")
+    node = ir.Node("", operator, inputs, attributes, num_outputs=1, name=last.name)
+    new = node.outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    inherit_metadata(node, [last, *absorbed])
+    graph.insert_before(last, node)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(last, safe=True)
+    while remove_dead_nodes(graph, absorbed):
+        pass
+    return node
+
+
+def escapes(region: Iterable[ir.Node], last: ir.Node) -> ir.Value | None:
+    """Return a value of ``region`` that something outside reads, the outputs of ``last`` aside, or None."""
+    inside = {*region, last}
+    for node in inside - {last}:
+        for value in node.outputs:
+            if value.is_graph_output() or any(use.node not in inside for use in value.uses()):
+                return value
+    return None
