@@ -69,6 +69,11 @@ MEANINGS = (
         "quantize with zero_point 0 (for ONNX Runtime's tools: ActivationSymmetric and WeightSymmetric)",
     ),
     Meaning(
+        r"specified quantization type is (?P<kind>\w+)",
+        "a node quantizes to {kind}, which TensorRT does not have",
+        "quantize to INT8 or FP8 E4M3FN",
+    ),
+    Meaning(
         r"input has type (?P<kind>\w+) but must have type FP8, FP4, Int4, Int8",
         "DequantizeLinear of {kind} (often a quantized bias) does not exist in TensorRT",
         "keep the bias in floating point (for ONNX Runtime's tools: QuantizeBias=False)",
@@ -174,6 +179,13 @@ MEANINGS = (
     ),
 )
 
+# Lines that appear in sound builds and call for nothing.
+HARMLESS = (
+    r"Converting conv \w+ scales to fp32",
+    r"Make sure (?:input|output) .* has Int64 binding",
+    r"Timing cache operations are no-ops",
+)
+
 # Without a driver every failure drags this tail along, whatever its cause.
 _NO_DRIVER = re.compile(r"\s*\[checkMacros\.cpp::catchCudaError::\d+\] Error Code \d+: Cuda Runtime \(.*?cudaError \d+:.*?\)\)", re.DOTALL)
 _SOURCE = re.compile(r"\s*(?:\.? ?In \w+ at /\S+?:\d+)(?=\)|\s|$)")
@@ -185,11 +197,16 @@ _NODE = (r"\[ONNX Layer: ([^\]]+)\]", r"Invalid Node - (\S+)", r"operation '([^'
 def clean(message: str) -> str:
     """Return ``message`` without the artefacts of a missing driver, source positions and log prefixes."""
     text = _NO_DRIVER.sub("", message)
-    text = re.sub(r"Invalid Node - \S+\n", "", text)
+    text = re.sub(r"^\w+\.\w+:\d+: |Invalid Node - \S+\n", "", text)
     for pattern in (_SOURCE, _BUILDER, _MYELIN):
         text = pattern.sub("", text.strip())
     text = re.sub(r"^Assertion failed: (?:.*?: )?(?=\S)", "", text)
     return " ".join(text.split())
+
+
+def is_harmless(line: str) -> bool:
+    """Return whether a line of the log calls for nothing."""
+    return any(re.search(pattern, line) for pattern in HARMLESS)
 
 
 def explain(message: str) -> Explanation:

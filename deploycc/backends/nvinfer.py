@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploycc.backends.memory import peak_rss_mb
-from deploycc.backends.messages import clean, explain
+from deploycc.backends.messages import clean, explain, is_harmless
 from deploycc.backends.modelfile import copy_model, count_nodes
 from deploycc.core import child
 from deploycc.core.backend import BuildOptions, Engine
@@ -156,7 +156,7 @@ def _place(source: Mapping[str, str], node: str, log: Sequence[Sequence[str]]) -
 
 def _warnings(log: Sequence[Sequence[str]]) -> list[str]:
     """Return the distinct lines worth showing: what is left after cleaning, in order."""
-    lines = (re.sub(r"^\w+\.\w+:\d+: ", "", clean(line)) for _, line in log)
+    lines = (clean(line) for _, line in log if not is_harmless(line))
     return list(dict.fromkeys(line for line in lines if line))
 
 
@@ -200,7 +200,12 @@ def compile_engine(trt: ModuleType, request: Mapping[str, Any], logger: Any) -> 
     set_archs(trt, config, request["archs"])
     add_profile(builder, network, config, request["shapes"])
     with Path(request["partial"]).open("wb") as stream:
-        return None if builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)) else []
+        # The stream form saves one copy of the weights in memory; early releases of TensorRT 10 lack it.
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            is_built = builder.build_serialized_network_to_stream(network, config, _writer(trt, stream))
+        else:
+            is_built = (serialized := builder.build_serialized_network(network, config)) is not None and stream.write(serialized)
+    return None if is_built else []
 
 
 def network_flags(trt: ModuleType) -> int:

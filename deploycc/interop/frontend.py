@@ -10,7 +10,8 @@ import onnx
 from onnx import checker, inliner, shape_inference
 
 from deploycc.core.errors import UsageError
-from deploycc.interop.opsets import raise_opset
+from deploycc.interop.adapters import decompose_group_normalization
+from deploycc.interop.opsets import default_opset, raise_opset
 from deploycc.interop.order import sort_nodes
 from deploycc.interop.protos import graphs, nodes, parse_proto
 
@@ -36,6 +37,8 @@ def normalized(model: onnx.ModelProto, *, opset: int, path: str) -> onnx.ModelPr
     model.ir_version = max(model.ir_version, 10)
     normalize_domains(model)
     sort_nodes(model.graph, path)
+    if default_opset(model) <= 20:
+        decompose_group_normalization(model)
     _check(model, path)
     model = inline(model, path)
     name_nodes(model.graph)
@@ -103,16 +106,34 @@ def name_nodes(graph: onnx.GraphProto) -> None:
 def infer(model: onnx.ModelProto, path: str) -> onnx.ModelProto:
     """Infer types and shapes, strictly; hints in the file that contradict the inference are dropped and inferred anew."""
     failure: Exception | None = None
+    replaced = _stand_in(model)
     for hints, propagate in ((True, True), (False, True), (False, False)):
         attempt = model if hints else _without_hints(model)
         try:
-            return shape_inference.infer_shapes(attempt, check_type=True, strict_mode=True, data_prop=propagate)
+            result = shape_inference.infer_shapes(attempt, check_type=True, strict_mode=True, data_prop=propagate)
         except (shape_inference.InferenceError, RuntimeError) as error:
             failure = failure or error
+            continue
+        for node in nodes(result.graph):
+            if node.name in replaced:
+                node.CopyFrom(replaced[node.name])
+        return result
     text = " ".join(str(failure).split())
     raise UsageError(
         f"the model's types or shapes contradict each other: {text[:400]}", at=f"'{path}'", fix="correct the named node and export again"
     )
+
+
+def _stand_in(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Let Identity stand in for operators that keep the shape but whose shape onnx does not infer; return the originals."""
+    originals: dict[str, onnx.NodeProto] = {}
+    for node in nodes(model.graph):
+        if node.op_type == "GroupNormalization" and not node.domain:
+            originals[node.name] = onnx.NodeProto()
+            originals[node.name].CopyFrom(node)
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+    return originals
 
 
 def _without_hints(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -124,8 +145,14 @@ def _without_hints(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check(model: onnx.ModelProto, path: str) -> None:
+    checked = onnx.ModelProto()
+    checked.CopyFrom(model)
+    for value in checked.graph.output:
+        # onnxruntime and TensorRT accept an output without a declared shape, onnx's checker does not.
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.SetInParent()
     try:
-        checker.check_model(model)
+        checker.check_model(checked)
     except checker.ValidationError as error:
         text = " ".join(str(error).split())
         raise UsageError(

@@ -6,6 +6,7 @@ import onnx
 from onnx import version_converter
 
 from deploycc.core.errors import UsageError
+from deploycc.interop.adapters import resize_rounding, set_resize_modes
 from deploycc.interop.protos import nodes
 
 OLDEST, NEWEST = 7, 23
@@ -28,6 +29,7 @@ def raise_opset(model: onnx.ModelProto, *, opset: int, path: str) -> onnx.ModelP
     before = default_opset(model)
     if before >= opset:
         return model
+    rounding = resize_rounding(model.graph, path) if before <= 10 else {}
     try:
         result = version_converter.convert_version(model, opset)
     except (RuntimeError, onnx.onnx_cpp2py_export.version_converter.ConvertError) as error:
@@ -37,6 +39,8 @@ def raise_opset(model: onnx.ModelProto, *, opset: int, path: str) -> onnx.ModelP
             at=f"'{path}'",
             fix=f"export the model with opset {opset}",
         ) from error
+    if before <= 10:
+        set_resize_modes(result.graph, rounding)
     return _restored(result, model)
 
 
@@ -46,11 +50,12 @@ def _restored(result: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProt
         field = getattr(result.graph, name)
         del field[:]
         field.extend(getattr(model.graph, name))
-    lost = {node.name: node for node in nodes(model.graph)}
+    lost = {name: node for node in nodes(model.graph) for name in node.output if name}
     for node in nodes(result.graph):
-        source = lost.get(node.name)
-        if source is not None and not node.metadata_props:
-            node.metadata_props.extend(source.metadata_props)
+        source = next((lost[name] for name in node.output if name in lost), None)
+        if source is not None:
+            node.name = node.name or source.name
+            node.metadata_props.extend([] if node.metadata_props else source.metadata_props)
     del result.functions[:]
     result.functions.extend(model.functions)
     known = {entry.domain for entry in result.opset_import}

@@ -1,0 +1,162 @@
+"""The command line. It parses, calls and shows; every heavy import happens inside a command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploycc import __version__
+from deploycc.core.errors import DeployccError
+
+app = typer.Typer(
+    name="deploycc",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compile vision models to TensorRT engines. Precision is chosen layer by layer; the evidence comes with the engine.",
+    epilog="Start with: deploycc build model.onnx --precision mixed. Exit codes: 0 built and verified, 2 the request cannot be met, "
+    "3 a contract was broken, 4 the backend failed, 5 a budget was missed.",
+)
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model: ONNX, opset 11 to 23, external data beside it.")]
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=MIN:OPT:MAX", help="Shapes of a dynamic input, e.g. image=1x3x224x224:8x3x224x224:16x3x224x224, or image=1:8:16 for the batch alone."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Handle options that precede a command."""
+    if version:
+        print(f"deploycc {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    model: ModelPath,
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, fp8, or mixed: the format of each region chosen by its measured effect.")] = "fp16",
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="Calibration data: .npz, .npy, a directory of them, or synthetic:N. MODEL.calib.npz beside the model is found by itself.")] = None,
+    eval: Annotated[str | None, typer.Option("--eval", metavar="DATA", help="Labelled data (an array 'labels') for the accuracy before and after.")] = None,
+    target: Annotated[list[str] | None, typer.Option(metavar="T", help="tensorrt[:sm_XX], tensorrt-rtx[:sm_XX[+sm_YY]] or onnxruntime; repeat for several engines. Default: tensorrt with a GPU, else tensorrt-rtx ahead of time.")] = None,
+    budget: Annotated[str, typer.Option(metavar="B", help="Bounds: sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, latency<=0.7x; several with commas.")] = "",
+    shape: ShapeOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Build directory; default MODEL.deploycc. A previous build there is replaced when this one is complete.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of synthetic data.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to calibrate on synthetic data.")] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Kill an engine build after this long; default by the number of nodes.")] = None,
+    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Workspace of the target in MiB; default: the builder's.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors.")] = False,
+) -> None:
+    """Build engines from an ONNX model and verify them.
+
+    Writes a directory with model.onnx, plan.json, scores.json, report.md, report.html, report.json, manifest.json and engines/.
+
+    Examples:
+
+        deploycc build vit.onnx --precision mixed
+
+        deploycc build vit.onnx --precision int8 --data calib.npz --eval test.npz --budget "accuracy-drop<=0.5" --target tensorrt-rtx:sm_80 --target tensorrt-rtx:sm_89
+    """
+    from rich.console import Console
+
+    from deploycc.pipeline import build as run_build
+    from deploycc.render import LiveView, summary
+    from deploycc.request import BuildRequest, Silent
+
+    console = Console(stderr=True)
+    request = BuildRequest(
+        model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
+        out=out, seed=seed, strict=strict, timeout=timeout, workspace=workspace * 2**20 if workspace else None,
+    )  # fmt: skip
+    if quiet:
+        report, _ = run_build(request, Silent())
+        for text in report.warnings:
+            console.print(f"[yellow]warning:[/] {text}", highlight=False)
+        return
+    with LiveView(console) as view:
+        report, directory = run_build(request, view)
+    Console().print(summary(report, directory), highlight=False)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="timm:NAME, package.module:function or file.py:function; a function returns an nn.Module.")],
+    out: Annotated[Path, typer.Option(metavar="MODEL.onnx", help="Where to write the model.")],
+    weights: Annotated[Path | None, typer.Option(metavar="W.safetensors", help="Weights to load; without them the module keeps its own (random for timm).")] = None,
+    shape: ShapeOption = None,
+    opset: Annotated[int, typer.Option(help="Opset of the export.")] = 20,
+) -> None:
+    """Export a PyTorch model to ONNX through torch.export.
+
+    The batch is dynamic unless --shape says otherwise.
+
+    Example:  deploycc export timm:deit_tiny_patch16_224 --out deit.onnx --shape image=1x3x224x224:8x3x224x224:16x3x224x224
+    """
+    from deploycc.export import export as run_export
+
+    path = run_export(source, out, weights=weights, shapes=tuple(shape or ()), opset=opset)
+    print(f"wrote {path}")
+
+
+@app.command()
+def passes(long: Annotated[bool, typer.Option("--long", help="Print each pass's documentation.")] = False) -> None:
+    """List every registered pass in the order in which it runs."""
+    import inspect
+
+    from deploycc import registry
+
+    for phase in ("canonicalize", "quantize", "lower"):
+        for name, cls in registry.passes(phase):
+            text = inspect.getdoc(cls) or ""
+            print(f"{phase:13} {name:22} {text if long else text.splitlines()[0] if text else ''}")
+
+
+@app.command()
+def explain(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory.")],
+    node: Annotated[str | None, typer.Argument(metavar="NODE", help="A node, region or PyTorch module; default: all regions.")] = None,
+) -> None:
+    """Say which format each region has, and why."""
+    from deploycc.explain import explain as run_explain
+
+    print(run_explain(directory, node))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: backends, versions, GPU, and the formats that each target computes."""
+    from deploycc.doctor import examine
+
+    print(examine())
+
+
+def main() -> None:
+    """Run the command line; turn each deliberate error into one paragraph and its exit code."""
+    try:
+        app()
+    except DeployccError as error:
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

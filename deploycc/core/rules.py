@@ -1,0 +1,36 @@
+"""The placement rules by id, in one sentence each. Plans, reports and ``explain`` cite them."""
+
+from __future__ import annotations
+
+RULES: dict[str, str] = {
+    "R1": "Quantization is symmetric: zero points are constant zeros.",
+    "R2": "Scales are finite and positive; dead channels get the floor of the scale's type.",
+    "R4": "Activations have one scale per tensor; only weights have scales per axis.",
+    "R5": "Weight axis: 0 for Conv and Gemm with transB, the last (N) axis for MatMul.",
+    "R7": "A scale has the type of the values it scales (strong typing).",
+    "R12": "The bias stays in floating point.",
+    "R13": "Weights are stored quantized, followed by DequantizeLinear only.",
+    "P1": "All inputs of a weighted op are quantized, activation and weight.",
+    "P2": "Outputs of weighted ops are not quantized for their own sake.",
+    "P3": "BatchNormalization is folded before Q/DQ are placed.",
+    "P4": "Of a residual Add the skip input is quantized, not the convolution branch.",
+    "P9": "One Q/DQ pair per tensor, shared by all of its consumers.",
+    "P12": "GELU and LayerNorm bodies are never quantized inside.",
+    "P13": "Projections that read one LayerNorm output share its Q/DQ pair and one decision.",
+    "P16": "In FP8 the classifier of a vision transformer stays in the base format.",
+    "S1": "A matrix product with K or N below 16 is not worth quantizing.",
+    "S2": "A convolution with fewer than 16 input or output channels is not worth quantizing.",
+    "S3": "FP8 convolution needs more than 16 channels on both sides and a kernel of at most 32 taps.",
+    "S4": "A weighted op with a computed weight is not quantized.",
+    "S5": "A grouped convolution needs a multiple of 4 channels per group.",
+    "S6": "INT8 attention is fused up to a sequence of 512 and head sizes 16, 32 and 64.",
+    "S7": "FP8 attention is fused for head sizes above 8 and up to 256.",
+    "S9": "LayerNorm and softmax compute in floating point; in FP32 where their range asks for it.",
+    "F1": "Attention is quantized at all four operands (Q, K, softmax output, V) or not at all.",
+    "F4": "The softmax output lies in 0..1: its FP8 scale is 1/448, its INT8 scale 1/127.",
+    "X3": "One format per fusable region.",
+    "X4": "A format that the architecture lacks is refused before calibration.",
+    "T1": "TensorRT computes ConvTranspose and 3-D convolution in floating point even between Q/DQ.",
+    "D1": "What reaches comparisons and indices stays in FP32.",
+    "N1": "A value that came near the largest FP16 number in calibration stays in FP32.",
+}

@@ -1,0 +1,56 @@
+"""Why a region has its format, told from a build directory alone."""
+
+from __future__ import annotations
+
+import json
+from math import log10
+from pathlib import Path
+from typing import Any
+
+from deploycc.core.errors import UsageError
+from deploycc.core.rules import RULES
+from deploycc.output import is_build
+
+
+def explain(directory: Path, node: str | None) -> str:
+    """Return the explanation of one node, region or PyTorch module, or of every region.
+
+    Raises:
+        UsageError: when ``directory`` is not a build, or nothing has that name.
+    """
+    if not is_build(directory):
+        raise UsageError(f"{directory} is not a build directory", at="DIR", fix="name a directory that deploycc build wrote")
+    report = json.loads((directory / "report.json").read_text())
+    if node is None:
+        return "\n".join(_line(region) for region in report["regions"])
+    found = [r for r in report["regions"] if node in (r["name"], r["source"], *r["nodes"])]
+    notes = _pass_notes(report, node)
+    if not found and not notes:
+        names = ", ".join(r["source"] or r["name"] for r in report["regions"][:8])
+        raise UsageError(f"no region or pass record mentions '{node}'", at=str(directory), fix=f"run `deploycc explain {directory}` for all regions; the first are {names}")
+    return "\n\n".join([*(_paragraph(r) for r in found), *notes])
+
+
+def _line(region: dict[str, Any]) -> str:
+    return f"{region['format']:5} {region['kind']:14} {region['source'] or region['name']}: {region['reason']}"
+
+
+def _paragraph(region: dict[str, Any]) -> str:
+    lines = [f"{region['name']} ({region['kind']}) computes in {region['format']}", f"  PyTorch: {region['source'] or 'not recorded'}"]
+    lines.append(f"  nodes: {', '.join(region['nodes'])}")
+    lines.append(f"  why: {region['reason']}")
+    lines.extend(f"  rule {rule}: {RULES[rule]}" for rule in region["rules"] if rule in RULES)
+    for name, noise in region["noise"].items():
+        shown = f"{-10 * log10(noise):.1f} dB" if noise > 0 else "exact"
+        lines.append(f"  {name} alone: SQNR {shown} at the outputs")
+    for target, seen in region["realised"].items():
+        lines.append(f"  {target}: {seen['types'] or 'not visible in the listing'} ({seen['verdict']})")
+    return "\n".join(lines)
+
+
+def _pass_notes(report: dict[str, Any], node: str) -> list[str]:
+    notes = []
+    for record in report["passes"]:
+        notes.extend(f"{record['spec']}: {r['what']} ({r['proof']})" for r in record["rewrites"] if r["anchor"] == node)
+        notes.extend(f"{record['spec']} declined {d['code']}: {d['reason']}" for d in record["declines"] if d["anchor"] == node)
+    return notes

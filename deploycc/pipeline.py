@@ -1,0 +1,240 @@
+"""One way from a model to its engines: load, canonicalize, analyse, plan, quantize, lower, verify, build, report.
+
+Every stage is a function from data to data; only ``_guarded`` loops, and at most ``GUARD_ROUNDS`` times.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deploycc import registry
+from deploycc.core.artefact import Artefact, Stage
+from deploycc.core.backend import BuildOptions, Engine
+from deploycc.core.contract import CANONICAL, LOWERED, QUANTIZED
+from deploycc.core.errors import BackendError, BudgetError, ContractError
+from deploycc.core.formats import FP16
+from deploycc.core.passes import run
+from deploycc.core.plan import PrecisionPlan
+from deploycc.core.report import BuildReport
+from deploycc.interop import save_model
+from deploycc.output import BuildDirectory, digest_file, write_manifest
+from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
+from deploycc.quant.islands import islands_of
+from deploycc.render import write_reports
+from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
+from deploycc.verify import accuracy, audit, numerics
+
+GUARD_ROUNDS = 4
+VERIFY_SAMPLES = 128
+SUSPICIOUS_DB = 15.0
+
+
+def build(request: BuildRequest, watch: Watcher | None = None) -> tuple[BuildReport, Path]:
+    """Build the engines of ``request`` and return the report and the build directory.
+
+    Raises:
+        DeployccError: see ``deploycc.core.errors``. Nothing is written, except that a missed budget or a failed target
+            keeps the directory with everything that could be built.
+    """
+    directory = BuildDirectory(request.directory)
+    directory.check()
+    job = resolve(request, watch or Silent())
+    with job.stage("canonicalize"):
+        canonical = _canonicalize(job)
+    analysis = _analyse(job, canonical)
+    with directory.staged() as folder:
+        plan, lowered, misses = _guarded(job, canonical, analysis)
+        save_model(lowered.model, folder / "model.onnx")
+        engines = _build_engines(job, folder)
+        _conclude(job, folder, plan, analysis, engines)
+    _raise_failures(job, directory, misses)
+    return job.report, directory.path
+
+
+def _canonicalize(job: Job) -> Artefact:
+    model, records = run(job.imported.model, [cls() for _, cls in registry.passes("canonicalize")], contract=CANONICAL)
+    job.report.passes = [asdict(r) for r in records]
+    return Artefact(model, Stage.CANONICAL, job.imported)
+
+
+def _analyse(job: Job, canonical: Artefact) -> Analysis:
+    analysis = analyse(
+        canonical.model,
+        digest=canonical.digest,
+        base=job.base,
+        formats=job.formats,
+        choose=job.request.precision == "mixed",
+        target=job.targets[0],
+        data=job.calibration,
+        reference=job.reference,
+        batch=job.batch,
+        stage=job.stage,
+        progress=job.watch.progress,
+    )
+    seen = analysis.statistics
+    job.report.calibration = {
+        "source": job.calibration.source,
+        "synthetic": job.calibration.synthetic,
+        "samples": seen.samples if seen else 0,
+        "seconds": seen.seconds if seen else 0.0,
+        "values": len(seen.observers) if seen else 0,
+    }
+    if analysis.scores:
+        job.report.scores = {"method": analysis.scores.method, "samples": analysis.scores.samples, "seconds": analysis.scores.seconds}
+    return analysis
+
+
+def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[PrecisionPlan, Artefact, list[str]]:
+    """Decide, quantize, lower and verify until the budget holds or the rounds are over; return what the last round missed."""
+    bound = first_noise_bound(job.budget)
+    front = list(job.report.passes)
+    for attempt in range(1, GUARD_ROUNDS + 1):
+        with job.stage("quantize"):
+            plan = decide(analysis, precision=job.request.precision, budget=job.budget, noise_bound=bound)
+            lowered, records = _lower(canonical, plan)
+            job.report.passes = front + records
+        with job.stage("verify"):
+            misses, worst = _verify(job, lowered)
+        job.report.guard.append(
+            {"round": attempt, "regions": plan.count(), "average_bits": plan.average_bits(), "sqnr_db": worst, "missed": misses}
+        )
+        if not _suspicious(job, plan, worst) and not misses:
+            break
+        spent = sum(a.noise.get(a.format.name, 0.0) for a in plan.assignments)
+        found = _find_islands(job, canonical, analysis) if _suspicious(job, plan, worst) else False
+        if not found and (not misses or job.request.precision != "mixed" or spent <= 0.0):
+            break
+        bound = bound if found else min(spent, bound or spent) / 4.0
+    if any(not c["finite"] for c in job.report.verification):
+        raise ContractError(
+            "the built model gives NaN or infinite outputs on data where the original does not",
+            at="verification of model.onnx against the FP32 original",
+            fix="use --precision bf16 or fp32, and report the model",
+        )
+    return plan, lowered, misses
+
+
+def _suspicious(job: Job, plan: PrecisionPlan, worst: float) -> bool:
+    """Return whether an FP16 overflow could explain the result."""
+    finite = all(c["finite"] for c in job.report.verification)
+    return plan.base == FP16 and (not finite or worst < SUSPICIOUS_DB) and len(job.report.guard) < GUARD_ROUNDS
+
+
+def _find_islands(job: Job, canonical: Artefact, analysis: Analysis) -> bool:
+    """Look for values that FP16 cannot hold; return whether new ones were found."""
+    data = job.calibration.take(SYNTHETIC_SAMPLES)
+    found = islands_of(canonical.model, data, reference=job.reference, batch=job.batch)
+    new = {name: reason for name, reason in found.items() if name not in analysis.islands}
+    analysis.islands.update(new)
+    return bool(new)
+
+
+def _lower(canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, list[dict[str, Any]]]:
+    quantized, records = run(canonical.model, [cls(plan=plan) for _, cls in registry.passes("quantize")], contract=QUANTIZED)
+    lowered, more = run(quantized, [cls() for _, cls in registry.passes("lower")], contract=LOWERED)
+    middle = Artefact(quantized, Stage.QUANTIZED, canonical)
+    return Artefact(lowered, Stage.LOWERED, middle), [asdict(r) for r in (*records, *more)]
+
+
+def _verify(job: Job, lowered: Artefact) -> tuple[list[str], float]:
+    """Measure the lowered graph against the original; return the missed bounds and the worst SQNR."""
+    original = job.reference.executor(job.imported.model)
+    built = job.reference.executor(lowered.model, simulate=True)
+    data = (job.evaluation or job.calibration).take(VERIFY_SAMPLES)
+    compared = numerics.compare(original, built, data, batch=job.batch, progress=job.watch.progress)
+    job.report.verification = [{**asdict(c), "executed": "model.onnx on the CPU", "data": data.source} for c in compared]
+    worst = min((c.sqnr_db for c in compared), default=0.0)
+    misses = []
+    if job.budget.sqnr is not None and worst < job.budget.sqnr:
+        misses.append(f"SQNR is {worst:.1f} dB, the budget asks for {job.budget.sqnr:g} dB")
+    if job.evaluation is not None:
+        executors = {"fp32": original, "built": built}
+        metric, points = accuracy.score(executors, job.evaluation, batch=job.batch, progress=job.watch.progress)
+        result = accuracy.Accuracy(metric, points["fp32"], points["built"], job.evaluation.samples)
+        job.report.accuracy = {**asdict(result), "drop": result.drop}
+        if job.budget.accuracy_drop is not None and result.drop > job.budget.accuracy_drop:
+            misses.append(f"{metric} fell by {result.drop:.2f} points, the budget allows {job.budget.accuracy_drop:g}")
+    return misses, worst
+
+
+def _build_engines(job: Job, folder: Path) -> list[Engine]:
+    """Build one engine per target; a failure is recorded and does not lose the others."""
+    engines: list[Engine] = []
+    (folder / "engines").mkdir()
+    options = BuildOptions(workspace=job.request.workspace)
+    if job.request.timeout is not None:
+        options = BuildOptions(job.request.timeout, job.request.workspace)
+    for target in job.targets:
+        suffix = ".onnx" if target.backend == "onnxruntime" else ".engine"
+        with job.stage(f"build {target}"):
+            try:
+                backend = registry.backend(target.backend)
+                out = folder / "engines" / f"{target.slug}{suffix}"
+                engines.append(backend.build(folder / "model.onnx", target, out=out, profiles=job.profiles, options=options))
+            except BackendError as error:
+                job.report.failures.append({"target": str(target), "what": error.what, "at": error.at, "fix": error.fix})
+                job.warn(f"{target}: {error.what}")
+    return engines
+
+
+def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, engines: Sequence[Engine]) -> None:
+    """Fill the report and write every file of the build directory."""
+    report, request = job.report, job.request
+    findings = {str(e.target): audit.audit(plan, e) for e in engines}
+    for engine in engines:
+        for text in (*audit.warnings_of(findings[str(engine.target)], engine), *engine.warnings):
+            job.warn(text)
+    graph = job.imported.model.graph
+    report.model = {
+        "path": request.model.name,
+        "sha256": digest_file(request.model),
+        "nodes": len(graph),
+        "parameters": sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None),
+        "profiles": [str(p) for p in job.profiles],
+        "outputs": [v.name for v in graph.outputs],
+    }
+    report.request = {
+        "precision": request.precision,
+        "targets": [str(t) for t in job.targets],
+        "budget": str(job.budget),
+        "seed": request.seed,
+        "strict": request.strict,
+    }
+    report.plan = analysis.summary(plan)
+    report.engines = [_engine_row(e, folder) for e in engines]
+    report.regions = audit.region_rows(plan, findings)
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    report.peak_rss_mb = round(max(usage) / 1024, 1)
+    (folder / "plan.json").write_text(plan.to_json())
+    (folder / "scores.json").write_text(analysis.scores_json())
+    inputs = {"model": report.model["sha256"], "calibration": job.calibration.digest, "evaluation": job.evaluation.digest if job.evaluation else None}
+    write_manifest(folder, inputs=inputs, options={**report.request, "profiles": report.model["profiles"]})
+    write_reports(folder, report)
+
+
+def _engine_row(engine: Engine, folder: Path) -> dict[str, Any]:
+    return {
+        "target": str(engine.target),
+        "path": str(engine.path.relative_to(folder)),
+        "bytes": engine.bytes,
+        "sha256": digest_file(engine.path),
+        "build_seconds": round(engine.build_seconds, 3),
+        "peak_rss_mb": round(engine.peak_rss_mb, 1),
+        "fused_attention": engine.realised.fused_attention,
+        "counts": dict(engine.realised.counts),
+        "listing": engine.realised.source or engine.realised.note,
+    }
+
+
+def _raise_failures(job: Job, directory: BuildDirectory, misses: Sequence[str]) -> None:
+    if job.report.failures:
+        first = job.report.failures[0]
+        kept = f"{len(job.report.engines)} of {len(job.targets)} engines were built; they and model.onnx are kept in {directory.path}"
+        raise BackendError(f"{first['target']}: {first['what']} ({kept})", at=first["at"], fix=first["fix"])
+    if misses:
+        report = directory.path / "report.md"
+        raise BudgetError("; ".join(misses), at=f"--budget {job.budget}", fix=f"relax the bound, or read {report} for the regions that cost most")

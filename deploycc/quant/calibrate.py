@@ -1,0 +1,132 @@
+"""Collect ranges of activations in one streamed pass over the data, inside the executing graph.
+
+For every observed value the graph gets a ``ReduceMin``, a ``ReduceMax`` and a strided sample of each row, so that only scalars
+and small samples leave the runtime, whatever the size of the maps. Memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from deploycc.core.backend import Reference
+from deploycc.core.data import Dataset
+from deploycc.core.errors import UsageError
+from deploycc.core.graph import FLOAT_TYPES
+from deploycc.quant.observers import Observer
+
+SAMPLE_PER_ROW = 512
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Observers by value name, and where they come from."""
+
+    observers: dict[str, Observer]
+    samples: int
+    seconds: float
+
+
+def calibrate(
+    model: ir.Model,
+    data: Dataset,
+    *,
+    ranges: Sequence[str],
+    extremes: Sequence[str] = (),
+    reference: Reference,
+    batch: int = 8,
+    progress: Progress = lambda done, total: None,
+) -> Statistics:
+    """Run the data through ``model`` once and observe values.
+
+    Args:
+        model: a CANONICAL graph in FP32; it is not changed.
+        data: batches of inputs.
+        ranges: names of values that need extremes and a histogram.
+        extremes: names of values that need extremes only.
+        reference: executes the graph.
+        batch: samples per run; the result does not depend on it.
+        progress: called with samples done and in all.
+
+    Raises:
+        UsageError: when an activation is NaN or infinite for some sample, naming the value.
+    """
+    start = time.perf_counter()
+    watched, probes = _with_probes(model, ranges, extremes)
+    observers = {name: Observer() for name in dict.fromkeys((*ranges, *extremes))}
+    run, done = reference.executor(watched), 0
+    for feeds in data.batches(batch):
+        outputs = run(feeds, list(probes))
+        for output, (name, what) in probes.items():
+            _take(observers[name], name, what, outputs[output])
+        done += len(next(iter(feeds.values())))
+        progress(done, data.samples)
+    return Statistics(observers, done, time.perf_counter() - start)
+
+
+def _take(observer: Observer, name: str, what: str, value: np.ndarray) -> None:
+    if what == "sample":
+        finite = np.abs(value, dtype=np.float32)
+        observer.histogram.add(finite)
+        return
+    number = float(value.reshape(-1)[0])
+    if not math.isfinite(number):
+        raise UsageError(
+            f"the value '{name}' becomes {number} in calibration",
+            at="the FP32 model itself, on the calibration data",
+            fix="check the preprocessing of the data and the model's weights; nothing can be quantized around it",
+        )
+    observer.extend(number, number)
+
+
+def _with_probes(model: ir.Model, ranges: Sequence[str], extremes: Sequence[str]) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
+    """Return a clone with probe outputs, and what each probe output is: ``{output: (value, kind)}``."""
+    clone = model.clone()
+    graph = clone.graph
+    values = {v.name: v for v in graph.inputs} | {v.name: v for node in graph for v in node.outputs}
+    probes: dict[str, tuple[str, str]] = {}
+    for name in dict.fromkeys((*ranges, *extremes)):
+        value = values[name]
+        assert value.dtype in FLOAT_TYPES, f"'{name}' is not a float value"
+        for op in ("ReduceMin", "ReduceMax"):
+            _probe(graph, probes, ir.node(op, [value], {"keepdims": 0}), name, op)
+        if name in ranges:
+            _add_sample(graph, probes, value, name)
+    return clone, probes
+
+
+def _probe(graph: ir.Graph, probes: dict[str, tuple[str, str]], node: ir.Node, name: str, what: str) -> None:
+    node.name = f"probe_{len(probes)}"
+    output = node.outputs[0]
+    output.name = f"probe_{len(probes)}_{what}"
+    output.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.append(node)
+    graph.outputs.append(output)
+    probes[output.name] = (name, what)
+
+
+def _add_sample(graph: ir.Graph, probes: dict[str, tuple[str, str]], value: ir.Value, name: str) -> None:
+    """Sample every k-th element of each row; k has no common factor with the row, so that no channel is favoured."""
+    dims = [d if isinstance(d, int) else 1 for d in value.shape[1:]] if value.shape is not None else []
+    row = math.prod(dims)
+    stride = max(1, row // SAMPLE_PER_ROW)
+    while stride > 1 and math.gcd(stride, max(row, 1)) != 1:
+        stride += 1
+    flat = ir.node("Flatten", [value], {"axis": 1}, name=f"probe_flat_{len(probes)}")
+    flat.outputs[0].name = f"{flat.name}_out"
+    graph.append(flat)
+    bounds = [_constant(graph, f"probe_{len(probes)}_{k}", v) for k, v in (("start", 0), ("end", 2**62), ("axis", 1), ("step", stride))]
+    _probe(graph, probes, ir.node("Slice", [flat.outputs[0], *bounds]), name, "sample")
+
+
+def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
+    tensor = ir.tensor(np.array([number], np.int64), name=name)
+    value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,178 @@
+"""From a CANONICAL graph to a PrecisionPlan: partition, calibrate, score, estimate, allocate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from deploycc.core.backend import Reference
+from deploycc.core.budget import Budget
+from deploycc.core.data import Dataset
+from deploycc.core.formats import FORMATS, FP8, Format
+from deploycc.core.plan import Assignment, PrecisionPlan, Region
+from deploycc.core.quantizers import activation_scale
+from deploycc.core.target import Target
+from deploycc.quant.allocate import allocate, uniform
+from deploycc.quant.calibrate import Statistics, calibrate
+from deploycc.quant.cost import estimate_all, machine_of
+from deploycc.quant.islands import decision_islands
+from deploycc.quant.observers import clip_limit
+from deploycc.quant.regions import partition
+from deploycc.quant.sensitivity import Scores, measure_noise
+
+Progress = Callable[[int, int], None]
+Stage = Callable[[str], Any]
+SCORING_BUDGET = 4e11
+SCORING_SAMPLES = (4, 32)
+
+
+@dataclass
+class Analysis:
+    """Everything known about a model before deciding, and the bound that the guard tightens."""
+
+    regions: tuple[Region, ...]
+    base: Format
+    formats: tuple[Format, ...]
+    target: Target
+    batch: int
+    digest: str
+    statistics: Statistics | None = None
+    scores: Scores | None = None
+    scales: dict[str, dict[str, float]] = field(default_factory=dict)
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    islands: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> Mapping[str, Mapping[str, float]]:
+        """Return the noise per region and format, empty when nothing was scored."""
+        return self.scores.noise if self.scores else {}
+
+    def summary(self, plan: PrecisionPlan) -> dict[str, Any]:
+        """Return the plan's figures for the report."""
+        latency = sum(self.costs[a.region.name][a.format.name] for a in plan.assignments)
+        base = sum(self.costs[a.region.name][plan.base.name] for a in plan.assignments)
+        parameters = sum(a.region.parameters for a in plan.assignments)
+        return {
+            "base": plan.base.name,
+            "regions": plan.count(),
+            "average_bits": round(plan.average_bits(), 4),
+            "weight_bytes": int(sum(a.region.parameters * a.format.bits for a in plan.assignments) // 8),
+            "weight_parameters": parameters,
+            "estimated_latency_us": round(latency, 2),
+            "estimated_latency_ratio": round(latency / base, 4) if base else 1.0,
+            "estimated_on": f"{machine_of(self.target).name}, batch {self.batch} (roofline estimate, not a measurement)",
+            "expected_noise": sum(a.noise.get(a.format.name, 0.0) for a in plan.assignments),
+            "fp32_islands": len(plan.islands),
+        }
+
+    def scores_json(self) -> str:
+        """Return the scores file: same analysis, same bytes."""
+        body = {
+            "schema": "deploycc.scores/1",
+            "method": self.scores.method if self.scores else "none",
+            "meaning": "noise-to-signal ratio at the outputs when this region alone is quantized",
+            "samples": self.scores.samples if self.scores else 0,
+            "regions": {name: {k: float(f"{v:.6g}") for k, v in sorted(by.items())} for name, by in self.noise.items()},
+        }
+        return json.dumps(body, indent=1) + "\n"
+
+
+def analyse(
+    model: ir.Model,
+    *,
+    digest: str,
+    base: Format,
+    formats: Sequence[Format],
+    choose: bool,
+    target: Target,
+    data: Dataset,
+    reference: Reference,
+    batch: int,
+    stage: Stage,
+    progress: Progress,
+) -> Analysis:
+    """Partition and, where formats are to be inserted, calibrate; where they are to be chosen, score.
+
+    Args:
+        model: the CANONICAL graph, in FP32.
+        digest: of the artefact, for the plan.
+        base: the floating-point format.
+        formats: quantized formats on offer.
+        choose: whether formats are chosen per region, which needs scores.
+        target: whose costs are estimated.
+        data: calibration data.
+        reference: executes graphs.
+        batch: samples per run.
+        stage: a context manager per named stage.
+        progress: called with work done and in all.
+    """
+    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest)
+    analysis.costs = estimate_all(analysis.regions, target, batch=batch)
+    analysis.islands = decision_islands(model, analysis.regions)
+    if not formats:
+        return analysis
+    eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
+    values = list(dict.fromkeys(v for r in eligible for v in (*r.activations, *r.residuals)))
+    with stage("calibrate"):
+        analysis.statistics = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
+    analysis.scales = scales_of(analysis.statistics, eligible, formats, base, softmax=_softmax_outputs(model))
+    if choose:
+        macs = sum(r.macs for r in analysis.regions) * max(1, len(eligible)) * len(formats)
+        low, high = SCORING_SAMPLES
+        samples = int(min(max(SCORING_BUDGET / max(macs, 1), low), high))
+        with stage("score"):
+            analysis.scores = measure_noise(
+                model, analysis.regions, formats, analysis.scales, data.take(samples), reference=reference, batch=batch, progress=progress
+            )
+    return analysis
+
+
+def scales_of(
+    statistics: Statistics, regions: Sequence[Region], formats: Sequence[Format], base: Format, *, softmax: frozenset[str]
+) -> dict[str, dict[str, float]]:
+    """Return the scale of every activation in every format that some region may use; FP8 softmax is fixed (F4)."""
+    scales: dict[str, dict[str, float]] = {}
+    for region in regions:
+        for name in (*region.activations, *region.residuals):
+            for format in formats:
+                if format.name not in region.formats or format.name in scales.get(name, {}):
+                    continue
+                observer = statistics.observers[name]
+                limit = 1.0 if name in softmax and format == FP8 else clip_limit(observer, format)
+                scales.setdefault(name, {})[format.name] = activation_scale(limit, format, base)
+    return scales
+
+
+def _softmax_outputs(model: ir.Model) -> frozenset[str]:
+    return frozenset(n.outputs[0].name or "" for n in model.graph if n.op_type == "Softmax")
+
+
+def decide(analysis: Analysis, *, precision: str, budget: Budget, noise_bound: float | None) -> PrecisionPlan:
+    """Return the plan for ``precision``; for ``mixed``, the optimum under the budget and the noise bound."""
+    assignments: tuple[Assignment, ...]
+    if precision == "mixed":
+        assignments = allocate(
+            analysis.regions,
+            analysis.formats,
+            analysis.base,
+            noise=analysis.noise,
+            latency=analysis.costs,
+            budget=budget,
+            noise_bound=noise_bound,
+        )
+    else:
+        assignments = uniform(analysis.regions, FORMATS[precision], analysis.base, analysis.noise)
+    used = {(v, a.format.name) for a in assignments for v in (*a.region.activations, *a.region.residuals) if a.format.is_quantized}
+    scales = {v: {f: s for f, s in by.items() if (v, f) in used} for v, by in analysis.scales.items()}
+    return PrecisionPlan(analysis.base, assignments, {v: by for v, by in scales.items() if by}, dict(analysis.islands), analysis.digest)
+
+
+def first_noise_bound(budget: Budget) -> float | None:
+    """Return where to start: the SQNR bound itself, or 15 dB when only accuracy is bounded."""
+    if budget.sqnr is not None:
+        return float(10 ** (-budget.sqnr / 10))
+    return float(10**-1.5) if budget.accuracy_drop is not None else None

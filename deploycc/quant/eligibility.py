@@ -1,0 +1,87 @@
+"""Which quantized formats the skip rules allow for an op (rules S1 to S7, P16, T1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from deploycc.core.graph import attribute
+
+Verdict = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def conv_formats(node: ir.Node) -> Verdict:
+    """Return the formats allowed for a convolution and the rules that took one away."""
+    weight = node.inputs[1]
+    if node.op_type == "ConvTranspose" or weight is None or weight.shape is None or len(weight.shape) > 4:
+        return (), ("T1",)
+    shape = [int(d) for d in weight.shape]  # type: ignore[arg-type]
+    group = int(attribute(node, "group", 1))  # type: ignore[call-overload]
+    out, per_group, kernel = shape[0], shape[1], shape[2:]
+    rules: list[str] = []
+    formats: list[str] = []
+    if _int8_pays(out, per_group, kernel, group):
+        formats.append("int8")
+    else:
+        rules.append("S5" if group > 1 else "S2")
+    if min(out, per_group * group) > 16 and int(np.prod(kernel)) <= 32 and (group == 1 or per_group % 4 == 0):
+        formats.append("fp8")
+    else:
+        rules.append("S3")
+    return tuple(formats), tuple(rules)
+
+
+def _int8_pays(out: int, per_group: int, kernel: Sequence[int], group: int) -> bool:
+    """Rules S2 and S5: enough channels, or one of the shapes that still have an INT8 kernel."""
+    if group > 1:
+        return out % 8 == 0 and (all(k >= 3 for k in kernel) if per_group == 1 else per_group % 4 == 0)
+    if min(out, per_group) >= 16:
+        return True
+    square = len(set(kernel)) <= 1
+    return square and (out % 8 == 0 or per_group % 8 == 0) and max(out, per_group) >= 16
+
+
+def linear_formats(group: Sequence[ir.Node], *, transformer: bool) -> Verdict:
+    """Return the formats allowed for tied matrix products with constant weights."""
+    for node in group:
+        weight = node.inputs[1]
+        dims = [int(d) for d in weight.shape] if weight is not None and weight.shape is not None else [0]  # type: ignore[arg-type]
+        if min(dims) < 16:
+            return (), ("S1",)
+    if transformer and any(v.is_graph_output() for n in group for v in _tail(n)):
+        return ("int8",), ("P16",)
+    return ("int8", "fp8"), ()
+
+
+def _tail(node: ir.Node) -> list[ir.Value]:
+    values = [node.outputs[0]]
+    for use in node.outputs[0].uses():
+        if use.node.op_type == "Add":
+            values.append(use.node.outputs[0])
+    return values
+
+
+def attention_formats(product: ir.Node) -> Verdict:
+    """Return the formats allowed for an attention core, given its first product ``Q @ K^T``."""
+    query, scores = product.inputs[0], product.outputs[0]
+    head = _dim(query, -1)
+    sequence = max(_dim(scores, -1) or 0, _dim(scores, -2) or 0)
+    formats, rules = [], []
+    if sequence <= 512 and head in {16, 32, 64}:
+        formats.append("int8")
+    else:
+        rules.append("S6")
+    if head is not None and 8 < head <= 256:
+        formats.append("fp8")
+    else:
+        rules.append("S7")
+    return tuple(formats), tuple(rules)
+
+
+def _dim(value: ir.Value | None, axis: int) -> int | None:
+    if value is None or value.shape is None or len(value.shape) < 2:
+        return None
+    dim = value.shape[axis]
+    return dim if isinstance(dim, int) else None

@@ -1,0 +1,45 @@
+"""Which nodes stay in FP32: decisions (D1), decomposed norms (S9), and values near the largest FP16 number (N1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from deploycc.core.backend import Reference
+from deploycc.core.data import Dataset
+from deploycc.core.graph import FLOAT_TYPES
+from deploycc.core.plan import Region
+from deploycc.quant.calibrate import calibrate
+
+DECIDING_OPS = frozenset({"ArgMax", "ArgMin", "TopK", "NonMaxSuppression", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "NonZero", "Floor", "Ceil", "Round"})
+HALF_LIMIT = 65504.0 / 4
+
+
+def decision_islands(model: ir.Model, regions: Sequence[Region]) -> dict[str, str]:
+    """Return the float nodes between the last weighted op and a comparison or an index, with the reason."""
+    covered = {name for region in regions for name in region.nodes}
+    islands: dict[str, str] = {}
+    pending = [n for n in model.graph if n.op_type in DECIDING_OPS and any(v is not None and v.dtype in FLOAT_TYPES for v in n.inputs)]
+    goal = {n: n for n in pending}
+    while pending:
+        node = pending.pop()
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            if producer is None or value is None or value.dtype not in FLOAT_TYPES or (producer.name or "") in covered or producer in goal:
+                continue
+            goal[producer] = goal[node]
+            islands[producer.name or ""] = f"D1: reaches the decision '{goal[node].name}' ({goal[node].op_type})"
+            pending.append(producer)
+    return islands
+
+
+def islands_of(model: ir.Model, data: Dataset, *, reference: Reference, batch: int) -> dict[str, str]:
+    """Return nodes whose outputs come within a factor of four of the largest FP16 number on ``data``."""
+    values = {v.name or "": n.name or "" for n in model.graph for v in n.outputs if v.dtype == ir.DataType.FLOAT}
+    seen = calibrate(model, data, ranges=(), extremes=list(values), reference=reference, batch=batch)
+    return {
+        values[name]: f"N1: reaches {observer.limit:.3g}, FP16 ends at 65504"
+        for name, observer in seen.observers.items()
+        if observer.limit > HALF_LIMIT
+    }

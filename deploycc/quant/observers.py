@@ -1,0 +1,83 @@
+"""Streamed statistics of one tensor: exact extremes, and a histogram of sampled magnitudes.
+
+The histogram covers ``[0, 2^e)`` with a fixed number of bins. When a larger magnitude arrives, ``e`` grows and bins merge in
+pairs, which is exact: the result depends neither on the order of the data nor on the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deploycc.core.formats import FP8, INT8, Format
+
+BINS = 4096
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts of magnitudes in ``[0, 2^exponent)``."""
+
+    exponent: int = -24
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def add(self, magnitudes: np.ndarray) -> None:
+        """Count non-negative finite ``magnitudes``."""
+        if magnitudes.size == 0:
+            return
+        top = float(magnitudes.max())
+        while top >= 2.0**self.exponent:
+            self._grow(max(1, math.frexp(top)[1] - self.exponent))
+        index = (magnitudes * np.float32(BINS * 2.0**-self.exponent)).astype(np.int32)
+        np.minimum(index, BINS - 1, out=index)
+        self.counts += np.bincount(index.reshape(-1), minlength=BINS)
+
+    def _grow(self, steps: int) -> None:
+        for _ in range(min(steps, 13)):
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
+        self.exponent += steps
+
+    @property
+    def centers(self) -> np.ndarray:
+        """Return the middle of every bin."""
+        return (np.arange(BINS) + 0.5) * (2.0**self.exponent / BINS)
+
+
+@dataclass(slots=True)
+class Observer:
+    """Extremes over every element, and a histogram over a fixed sample of elements per row."""
+
+    low: float = math.inf
+    high: float = -math.inf
+    histogram: Histogram = field(default_factory=Histogram)
+
+    @property
+    def limit(self) -> float:
+        """Return the largest magnitude seen."""
+        return max(abs(self.low), abs(self.high)) if self.low <= self.high else 0.0
+
+    def extend(self, low: float, high: float) -> None:
+        """Take in the extremes of another batch."""
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+
+def clip_limit(observer: Observer, format: Format, *, candidates: int = 80) -> float:
+    """Return the range limit with the least mean squared error for ``format``.
+
+    INT8: the limit trades rounding against saturation; every ``c`` in ``(0.2..1] * max`` is tried on the histogram. FP8 has
+    a floating step, so its limit is the maximum itself (amax / 448).
+    """
+    limit = observer.limit
+    if format == FP8 or limit == 0.0 or not observer.histogram.counts.any():
+        return limit
+    assert format == INT8
+    centers, counts = observer.histogram.centers, observer.histogram.counts
+    used = counts > 0
+    centers, counts = centers[used], counts[used]
+    trials = limit * np.linspace(1.0, 0.2, candidates)
+    steps = (trials / 127.0)[:, None]
+    codes = np.minimum(np.rint(centers[None] / steps), 127.0)
+    errors = ((codes * steps - centers[None]) ** 2 * counts[None]).sum(1)
+    return float(trials[int(np.argmin(errors))])

@@ -1,0 +1,195 @@
+"""A build request, and everything about it that can be checked before any long work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from deploycc import registry
+from deploycc.core.artefact import Artefact
+from deploycc.core.budget import Budget, parse_budget
+from deploycc.core.data import Dataset, open_data
+from deploycc.core.errors import UsageError
+from deploycc.core.formats import BF16, FORMATS, FP16, FP32, Format, parse_precision
+from deploycc.core.report import BuildReport
+from deploycc.core.shapes import Profile, profiles_for
+from deploycc.core.target import Target, parse_target
+from deploycc.interop import load_model
+
+SYNTHETIC_SAMPLES = 32
+CALIBRATION_SAMPLES = 512
+WITHOUT_CALIBRATION = frozenset({"fp32", "fp16", "bf16"})
+
+
+class Watcher(Protocol):
+    """Sees a build as it goes; ``render`` shows it to people."""
+
+    def stage(self, name: str) -> None:
+        """Begin a stage."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Report progress within the stage."""
+
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+
+
+class Silent:
+    """A watcher that shows nothing."""
+
+    def stage(self, name: str) -> None:
+        """Ignore it."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Ignore it."""
+
+    def warn(self, text: str) -> None:
+        """Ignore it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """Everything that determines a build, as the user wrote it."""
+
+    model: Path
+    precision: str = "fp16"
+    data: str | None = None
+    eval: str | None = None
+    targets: tuple[str, ...] = ()
+    budget: str = ""
+    shapes: tuple[str, ...] = ()
+    out: Path | None = None
+    seed: int = 0
+    strict: bool = False
+    timeout: float | None = None
+    workspace: int | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Return the build directory: ``--out``, or the model's name with ``.deploycc``."""
+        return self.out or Path(f"{self.model.stem}.deploycc")
+
+
+@dataclass
+class Job:
+    """A request resolved against the model, the data and the backends."""
+
+    request: BuildRequest
+    targets: tuple[Target, ...]
+    base: Format
+    formats: tuple[Format, ...]
+    budget: Budget
+    imported: Artefact
+    profiles: list[Profile]
+    calibration: Dataset
+    evaluation: Dataset | None
+    watch: Watcher
+    report: BuildReport = field(default_factory=BuildReport)
+    reference: Any = field(default_factory=lambda: registry.backend("onnxruntime"))
+
+    @property
+    def batch(self) -> int:
+        """Return the batch size for running data through graphs."""
+        return self.profiles[0].optimum[0] if self.profiles and self.profiles[0].optimum else 1
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show a stage and add its time to the report."""
+        self.watch.stage(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def warn(self, text: str) -> None:
+        """Put a warning on the screen and in the report, once."""
+        if text not in self.report.warnings:
+            self.report.warnings.append(text)
+            self.watch.warn(text)
+
+
+def resolve(request: BuildRequest, watch: Watcher) -> Job:
+    """Check everything that can be checked before any long work.
+
+    Raises:
+        UsageError: for each kind of bad input; ``docs/errors.md`` lists them.
+    """
+    start = time.perf_counter()
+    precision = parse_precision(request.precision)
+    budget = parse_budget(request.budget)
+    targets = _targets(request.targets)
+    base, formats = _formats(precision, targets)
+    watch.stage("load")
+    imported = load_model(request.model)
+    inputs = imported.model.graph.inputs
+    profiles, notes = profiles_for(inputs, request.shapes)
+    calibration = _calibration_data(request, inputs, profiles)
+    evaluation = _evaluation_data(request, budget, inputs, profiles)
+    job = Job(request, targets, base, formats, budget, imported, profiles, calibration, evaluation, watch)
+    job.report.seconds["load"] = time.perf_counter() - start
+    for note in (*notes, *calibration.notes):
+        job.warn(note)
+    if calibration.synthetic and formats:
+        job.warn(
+            f"no calibration data: ranges come from {calibration.samples} synthetic samples, so the accuracy of the quantized model is "
+            f"unknown; give --data, or put {request.model.stem}.calib.npz beside the model"
+        )
+    return job
+
+
+def _targets(texts: Sequence[str]) -> tuple[Target, ...]:
+    chosen = [parse_target(text) for text in dict.fromkeys(texts)] or [_default_target()]
+    return tuple(dict.fromkeys(registry.backend(t.backend).resolve(t) for t in chosen))
+
+
+def _default_target() -> Target:
+    """Return ``tensorrt`` where it imports and a GPU is there, else ``tensorrt-rtx``."""
+    facts = registry.backend("tensorrt").doctor()
+    return Target("tensorrt") if facts.get("available") else Target("tensorrt-rtx")
+
+
+def _formats(precision: str, targets: Sequence[Target]) -> tuple[Format, tuple[Format, ...]]:
+    """Return the base format and the quantized formats to choose from; refuse what a target lacks (rule X4)."""
+    backends = [(registry.backend(t.backend), t) for t in targets]
+    on_cpu = all(t.backend == "onnxruntime" for t in targets)
+    base = {"fp32": FP32, "fp16": FP16, "bf16": BF16}.get(precision, FP32 if on_cpu else FP16)
+    wanted = [base] if precision == "mixed" else [base, FORMATS[precision]]
+    for backend, target in backends:
+        for format in wanted:
+            if format not in backend.formats(target):
+                raise UsageError(
+                    backend.unsupported_reason(target, format),
+                    at=f"--precision {precision} --target {target}",
+                    fix="choose another precision or target; `deploycc doctor` lists what each target computes",
+                )
+    common = frozenset.intersection(*(b.formats(t) for b, t in backends))
+    quantized = tuple(f for f in FORMATS.values() if f.is_quantized and f in common)
+    return base, quantized if precision == "mixed" else tuple(f for f in quantized if f.name == precision)
+
+
+def _calibration_data(request: BuildRequest, inputs: Sequence[ir.Value], profiles: Sequence[Profile]) -> Dataset:
+    beside = request.model.with_suffix(".calib.npz")
+    spec = request.data or (str(beside) if beside.exists() else None)
+    if spec is None:
+        if request.strict and request.precision not in WITHOUT_CALIBRATION:
+            raise UsageError("there is no calibration data", at="--strict", fix=f"give --data, or put {beside.name} beside the model")
+        spec = f"synthetic:{SYNTHETIC_SAMPLES}"
+    return open_data(spec, inputs, profiles, seed=request.seed).take(CALIBRATION_SAMPLES)
+
+
+def _evaluation_data(request: BuildRequest, budget: Budget, inputs: Sequence[ir.Value], profiles: Sequence[Profile]) -> Dataset | None:
+    if request.eval is None:
+        if budget.accuracy_drop is not None:
+            raise UsageError("a bound on accuracy needs labelled data", at="--budget accuracy-drop", fix="give --eval FILE.npz with labels")
+        return None
+    evaluation = open_data(request.eval, inputs, profiles, seed=request.seed)
+    if evaluation.labels is None:
+        raise UsageError(f"{request.eval} holds no labels", at="--eval", fix="add an array named 'labels'")
+    return evaluation

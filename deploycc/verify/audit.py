@@ -1,0 +1,71 @@
+"""Requested against realised precision: does the engine compute each region in the format of the plan?
+
+The evidence is the engine's own text listing (``Engine.realised``): undocumented, gated by version, best effort. An empty
+listing is reported as unknown, never as agreement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deploycc.core.backend import Engine
+from deploycc.core.plan import Assignment, PrecisionPlan
+
+_WORDS = {"int8": {"int8"}, "fp8": {"fp8", "fp8_e4m3", "e4m3", "float8"}, "fp16": {"half", "fp16"}, "bf16": {"bfloat16", "b16", "bf16"}, "fp32": {"float", "fp32"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One region: what was asked and what the engine shows."""
+
+    region: str
+    requested: str
+    realised: str
+    verdict: str
+
+
+def audit(plan: PrecisionPlan, engine: Engine) -> list[Finding]:
+    """Return one finding per region; ``verdict`` is ``ok``, ``mismatch`` or ``unknown``."""
+    return [_finding(a, engine) for a in plan.assignments]
+
+
+def _finding(assignment: Assignment, engine: Engine) -> Finding:
+    wanted = assignment.format.name
+    found = [engine.realised.operands[name] for name in assignment.region.anchors if name in engine.realised.operands]
+    if not found:
+        return Finding(assignment.region.name, wanted, "", "unknown")
+    shown = ", ".join(dict.fromkeys(" x ".join(types) for types in found))
+    good = all(types and all(t.lower() in _WORDS[wanted] for t in types[:2]) for types in found)
+    return Finding(assignment.region.name, wanted, shown, "ok" if good else "mismatch")
+
+
+def warnings_of(findings: list[Finding], engine: Engine) -> list[str]:
+    """Return one warning per region that the engine computes in another format than the plan says."""
+    return [
+        f"{engine.target}: the plan asks for {f.requested} in '{f.region}', the engine's listing shows {f.realised}"
+        for f in findings
+        if f.verdict == "mismatch" and f.requested in {"int8", "fp8"}
+    ]
+
+
+def region_rows(plan: PrecisionPlan, findings: Mapping[str, Sequence[Finding]]) -> list[dict[str, Any]]:
+    """Return one row per region for the report: the decision, its reason, its figures, and what each engine realised."""
+    realised = {target: {f.region: f for f in found} for target, found in findings.items()}
+    return [
+        {
+            "name": a.region.name,
+            "source": a.region.source,
+            "kind": a.region.kind,
+            "format": a.format.name,
+            "reason": a.reason,
+            "rules": list(a.rules),
+            "noise": dict(a.noise),
+            "parameters": a.region.parameters,
+            "macs": a.region.macs,
+            "nodes": list(a.region.nodes),
+            "realised": {t: {"types": by[a.region.name].realised, "verdict": by[a.region.name].verdict} for t, by in realised.items()},
+        }
+        for a in plan.assignments
+    ]

@@ -1,0 +1,145 @@
+"""Put the graph into the plan's 16-bit base format, with FP32 islands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from deploycc.core.graph import FLOAT_TYPES, add_initializer, constant
+from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
+from deploycc.core.plan import PrecisionPlan
+
+# Ops that TensorRT computes well in 16 bits. Everything else (Pow, Exp, Log, sums of squares, comparisons) stays in FP32.
+SIXTEEN_BIT_OPS = frozenset(
+    """Add AveragePool BatchNormalization Cast Clip Concat Conv ConvTranspose DepthToSpace DequantizeLinear Div Dropout Elu Erf Expand
+    Flatten Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization HardSigmoid HardSwish Identity
+    InstanceNormalization LayerNormalization LeakyRelu MatMul Max MaxPool Min Mish Mul Neg PRelu Pad QuantizeLinear ReduceMax
+    ReduceMean ReduceMin Relu Reshape Resize Sigmoid Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub Tanh Tile Transpose
+    Unsqueeze Where""".split()
+)
+# Operands that the standard types as float32 whatever the type of the data.
+_FLOAT32_OPERANDS = {"Resize": {1, 2}}
+_MASK_READERS = frozenset({"Add", "Where", "Max", "Min", "Clip", "Pad"})
+
+
+@dataclass(frozen=True, slots=True)
+class InsertCasts:
+    """Compute in the plan's base format by ``Cast`` at the borders of 16-bit islands.
+
+    Why: strongly typed networks (TensorRT 11, TensorRT-RTX) take types from the graph; an uncast graph runs in FP32.
+    Before: ``y = Relu(Conv(x, w))``. After: ``y = Cast_fp32(Relu(Conv(Cast_fp16(x), w_fp16)))``; inputs and outputs keep their types.
+    Declines when: a weight exceeds the largest FP16 number, so that its op stays in FP32 (RANGE); the op has subgraphs (SUBGRAPH).
+    Options: plan, which holds the base format and the FP32 islands with their reasons.
+    See: rules R7, S9, X5, N1 and D1 in ``deploycc.core.rules``.
+    """
+
+    plan: PrecisionPlan = field(repr=False)
+    phase: ClassVar[Phase] = "quantize"
+    after: ClassVar[tuple[str, ...]] = ("insert-qdq",)
+
+    def __call__(self, model: ir.Model) -> PassResult:
+        """Edit ``model``; see the class."""
+        if self.plan.base.bits == 32:
+            return PassResult()
+        caster = _Caster(model.graph, self.plan)
+        for node in list(model.graph):
+            caster.retype(node)
+        caster.restore_outputs()
+        return PassResult(tuple(caster.rewrites), tuple(caster.declines))
+
+
+class _Caster:
+    """Retypes nodes in topological order and shares casts."""
+
+    def __init__(self, graph: ir.Graph, plan: PrecisionPlan) -> None:
+        self.graph, self.plan = graph, plan
+        self.low: ir.DataType = getattr(ir.DataType, plan.base.onnx_type)
+        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.output_types = [(v, v.dtype) for v in graph.outputs]
+        self.rewrites: list[Rewrite] = []
+        self.declines: list[Decline] = []
+
+    def retype(self, node: ir.Node) -> None:
+        """Give one node operands of one float type, and set the type of its outputs."""
+        wanted = self.low if self._goes_low(node) else ir.DataType.FLOAT
+        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+            self._protect_captures(node)
+        for i, value in enumerate(node.inputs):
+            if value is None or value.dtype not in FLOAT_TYPES or value.dtype == ir.DataType.DOUBLE:
+                continue
+            type_here = ir.DataType.FLOAT if i in _FLOAT32_OPERANDS.get(node.op_type, ()) else wanted
+            if value.dtype != type_here:
+                node.replace_input_with(i, self._cast(value, type_here))
+        if node.op_type == "Cast":
+            return
+        changed = False
+        for value in node.outputs:
+            if value.dtype in {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} and value.dtype != wanted:
+                value.type, changed = ir.TensorType(wanted), True
+        if changed and wanted == self.low:
+            self.rewrites.append(Rewrite(node.name or "", f"computes in {self.plan.base.name}", f"one rounding to {self.plan.base.name} per value"))
+
+    def _goes_low(self, node: ir.Node) -> bool:
+        if node.op_type not in SIXTEEN_BIT_OPS or node.domain not in ("", "ai.onnx") or (node.name or "") in self.plan.islands:
+            return False
+        if any(v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs):
+            return False
+        if node.op_type in _MASK_READERS or self.low != ir.DataType.FLOAT16:
+            return True
+        for value in node.inputs:
+            array = constant(value) if value is not None and value.dtype == ir.DataType.FLOAT else None
+            if array is not None and array.size and float(np.abs(array).max()) > 65504.0:
+                self.declines.append(Decline(node.name or "", "RANGE", f"'{value.name if value else ''}' exceeds 65504, the largest FP16 number"))
+                return False
+        return True
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if (value, dtype) in self.casts:
+            return self.casts[value, dtype]
+        array = constant(value)
+        if array is not None:
+            self.casts[value, dtype] = self._cast_constant(value, array, dtype)
+            return self.casts[value, dtype]
+        stem = f"{value.name}_{dtype.name.lower()}"
+        node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{stem}_Cast")
+        out = node.outputs[0]
+        out.name, out.type, out.shape = stem, ir.TensorType(dtype), value.shape
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, node)
+        else:
+            self.graph.insert_before(self.graph[0], node)
+        self.casts[value, dtype] = out
+        return out
+
+    def _cast_constant(self, value: ir.Value, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+        wide = array.astype(np.float32)
+        if dtype == ir.DataType.FLOAT16:
+            # Masks use the lowest float32 as minus infinity; in FP16 the lowest finite number means the same.
+            wide = np.where(np.isfinite(wide), np.clip(wide, -65504.0, 65504.0), wide)
+        return add_initializer(self.graph, f"{value.name}_{dtype.name.lower()}", wide.astype(dtype.numpy()), dtype)
+
+    def _protect_captures(self, node: ir.Node) -> None:
+        """Let subgraphs read FP32 copies of what they capture, as their bodies are not retyped."""
+        self.declines.append(Decline(node.name or "", "SUBGRAPH", "the bodies of control flow stay in FP32"))
+        for inner in ir.traversal.RecursiveGraphIterator(self.graph):
+            if inner.graph is self.graph:
+                continue
+            for i, value in enumerate(inner.inputs):
+                if value is not None and value.graph is self.graph and value.dtype == self.low:
+                    inner.replace_input_with(i, self._cast(value, ir.DataType.FLOAT))
+
+    def restore_outputs(self) -> None:
+        """Give every graph output the type it had."""
+        for position, (value, dtype) in enumerate(self.output_types):
+            if dtype is None or value.dtype == dtype or dtype not in FLOAT_TYPES:
+                continue
+            name = value.name
+            value.name = f"{name}_{self.plan.base.name}"
+            node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{name}_Cast")
+            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, ir.TensorType(dtype), value.shape
+            self.graph.append(node)
+            self.graph.outputs[position] = node.outputs[0]
