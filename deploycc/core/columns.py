@@ -128,15 +128,16 @@ class SyntheticColumn:
 
 
 def _sample(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
-    if dtype.kind == "b":
-        return rng.integers(0, 2, shape).astype(dtype)
     image = len(shape) == 3
+    values: Array
     if dtype == np.uint8 and image:
-        return np.clip(np.rint(smooth_noise(rng, shape) * 50 + 128), 0, 255).astype(dtype)
-    if dtype.kind in "iu":
+        values = np.clip(np.rint(smooth_noise(rng, shape) * 50 + 128), 0, 255)
+    elif dtype.kind in "biu":
         # Integers are mostly indices and masks of unknown range; zero and one are nearly always valid.
-        return rng.integers(0, 2, shape).astype(dtype)
-    return (smooth_noise(rng, shape) if image else rng.standard_normal(shape)).astype(dtype)
+        values = rng.integers(0, 2, shape)
+    else:
+        values = smooth_noise(rng, shape) if image else rng.standard_normal(shape)
+    return values.astype(dtype)
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
