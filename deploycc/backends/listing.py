@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 VERIFIED = ((1, 7),)
 TYPES = {"half": "fp16", "float": "fp32", "bfloat16": "bf16", "b16": "bf16", "fp8_e4m3": "fp8"}
 FLOATS = ("fp16", "bf16", "fp32")
+QUANTIZED = ("int8", "fp8", "int4", "fp4_e2m1")
 # The ops that multiply matrices: their short names in the counts, and how many of their inputs are operands.
 COMPUTE = {"corrltn": ("conv", 2), "deconvolution": ("deconv", 2), "fully_connected": ("fc", 2), "_gemm_mha_v2": ("mha", 3)}
 _MOVES = re.compile(r"__myl_(?:Tran|Resh|Move|Slic|Etc)+")
@@ -58,6 +59,7 @@ def read_listing(engine: bytes) -> Realised:
     counts: Counter[str] = Counter()
     for listing in listings(engine):
         types = {name: TYPES.get(kind, kind) for name, kind in _TENSOR.findall(listing)}
+        constants = {found[1] for found in _TENSOR.finditer(listing) if " const_payload_size=" in found[0]}
         for op in ops(listing):
             counts["kernels"] += 1
             if compute := _compute(op, types):
@@ -65,7 +67,7 @@ def read_listing(engine: bytes) -> Realised:
                 counts[label] += 1
                 for node in op.nodes:
                     operands.setdefault(node, found)
-            elif special := _special(op, types):
+            elif special := _special(op, types, constants):
                 counts[special] += 1
     attention = sum(n for label, n in counts.items() if label.startswith("mha_"))
     note = "" if operands else "no matrix product was found in the engine's program text"
@@ -125,11 +127,11 @@ def _fused(op: Op, types: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
     return f"fc_{'x'.join(dict.fromkeys(found))}", found
 
 
-def _special(op: Op, types: Mapping[str, str]) -> str | None:
+def _special(op: Op, types: Mapping[str, str], constants: set[str]) -> str | None:
     """Return the label of a kernel that costs time without computing, if ``op`` is one."""
     if _MOVES.fullmatch(op.name):
         return "reformats"
-    is_constant = all(name.endswith("const") for name in op.inputs)
-    if op.inputs and is_constant and any(types.get(name) in ("int8", "fp8", "int4", "fp4_e2m1") for name in op.inputs):
+    is_constant = bool(op.inputs) and constants.issuperset(op.inputs)
+    if is_constant and any(types.get(name) in QUANTIZED for name in op.inputs):
         return "weights_dequantised_at_run_time"
     return None

@@ -20,13 +20,13 @@ from deploycc.backends.memory import peak_rss_mb
 from deploycc.backends.messages import clean, explain, is_harmless
 from deploycc.backends.modelfile import copy_model, count_nodes
 from deploycc.core import child
-from deploycc.core.backend import BuildOptions, Engine
 from deploycc.core.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import ModuleType
 
+    from deploycc.core.backend import BuildOptions, Engine
     from deploycc.core.shapes import Profile
     from deploycc.core.target import Target
 
@@ -68,6 +68,9 @@ def build(
     Raises:
         BackendError: with the meaning of the builder's message, the ONNX node where it is known, and what to do.
     """
+    # Imported here because the child imports this module too, and the graph library would cost it time and memory.
+    from deploycc.core.backend import BuildOptions, Engine
+
     if importlib.util.find_spec(module) is None:
         raise BackendError(
             f"the Python module '{module}' is not installed", at=f"target {target}", fix="install it, or choose another --target"
