@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from deploycc.core.dimensions import Size, dimensions
 from deploycc.core.elements import slices
-from deploycc.core.graph import attribute, can_take_name, constant, remove_dead_nodes, replace_value
+from deploycc.core.graph import attribute, can_take_name, constant, int_attribute, ints_attribute, remove_dead_nodes, replace_value
+from deploycc.core.inference import output_sizes
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def _is_dropout_in_use(node: ir.Node, declines: list[Decline]) -> bool:
 
 
 def _shapes(node: ir.Node) -> tuple[tuple[Size, ...], tuple[Size, ...]] | None:
-    source, output = dimensions(node.inputs[0]), dimensions(node.outputs[0])
+    source, output = dimensions(node.inputs[0]), output_sizes(node, {})
     return None if source is None or output is None else (source, output)
 
 
@@ -126,9 +129,9 @@ def _keeps_order(node: ir.Node) -> str | None:
 
 
 def _order(node: ir.Node) -> list[int] | None:
-    given = attribute(node, "perm")
+    given = ints_attribute(node, "perm")
     if given is not None:
-        return [int(a) for a in given]  # type: ignore[attr-defined]
+        return [int(a) for a in given]
     sizes = dimensions(node.inputs[0])
     return None if sizes is None else list(reversed(range(len(sizes))))
 
@@ -203,7 +206,7 @@ def _compose_transposes(node: ir.Node, producer: ir.Node) -> str | None:
 def _compose_reshapes(node: ir.Node, producer: ir.Node) -> str | None:
     target = constant(node.inputs[1])
     # A zero takes its size from the intermediate shape, unless allowzero makes it a size of its own.
-    if target is None or (not attribute(node, "allowzero", 0) and 0 in target):
+    if target is None or (not int_attribute(node, "allowzero", 0) and 0 in target):
         return None
     node.replace_input_with(0, producer.inputs[0])
     return f"reads past the Reshape '{producer.name}'"

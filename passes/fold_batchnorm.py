@@ -10,19 +10,20 @@ import onnx_ir as ir
 
 from deploycc.core.graph import (
     add_initializer,
-    attribute,
     constant,
+    float_attribute,
     fresh_name,
     inherit_metadata,
+    int_attribute,
     rank,
     replace_value,
     substitute,
     taken_names,
 )
+from deploycc.core.linear import Affine, pads_borders, scale_inputs, scale_outputs
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
 
-_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
-_LINEAR = _CONVOLUTIONS | {"Gemm", "MatMul"}
+_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _PROOF = "exact in float64, rounded once"
 
 
@@ -81,13 +82,13 @@ class FoldBatchnorm:
         forward = self.fold_forward(node, affine, taken)
         return forward if isinstance(forward, Rewrite) or backward.code == "STANDALONE" else backward
 
-    def fold_backward(self, node: ir.Node, affine: _Affine, taken: set[str]) -> Rewrite | Decline:
+    def fold_backward(self, node: ir.Node, affine: Affine, taken: set[str]) -> Rewrite | Decline:
         """Fold into the linear node whose output is normalized."""
         found = _before(node)
         if isinstance(found, Decline):
             return found
         linear, addition = found
-        folded = _scale_outputs(linear, affine, constant(addition.bias) if addition else None)
+        folded = scale_outputs(linear, affine, constant(addition.bias) if addition else None)
         if reason := self.refusal(linear, *folded):
             return Decline(node.name or "", "NUMERIC", reason)
         _store(linear, 1, folded[0], "folded", taken)
@@ -104,12 +105,12 @@ class FoldBatchnorm:
             substitute(node, "Add", [node.inputs[0], _constant(linear, "bias", bias, taken)])
         return Rewrite(node.name or "", f"folded into '{linear.name}' before it", _PROOF)
 
-    def fold_forward(self, node: ir.Node, affine: _Affine, taken: set[str]) -> Rewrite | Decline:
+    def fold_forward(self, node: ir.Node, affine: Affine, taken: set[str]) -> Rewrite | Decline:
         """Fold into the linear nodes that read the normalized value, if each of them can take it."""
         readers = _after(node, affine)
         if isinstance(readers, Decline):
             return readers
-        folded = [_scale_inputs(reader, affine) for reader in readers]
+        folded = [scale_inputs(reader, affine) for reader in readers]
         for reader, (weight, bias) in zip(readers, folded, strict=True):
             if reason := self.refusal(reader, weight, bias):
                 return Decline(node.name or "", "NUMERIC", reason)
@@ -135,14 +136,6 @@ class FoldBatchnorm:
 
 
 @dataclass(frozen=True, slots=True)
-class _Affine:
-    """y = factor x + offset for each channel, in float64."""
-
-    factor: np.ndarray
-    offset: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
 class _Addition:
     """An Add of a constant behind a MatMul."""
 
@@ -154,18 +147,18 @@ class _Addition:
         return self.node.inputs[self.position]
 
 
-def _affine_map(node: ir.Node) -> _Affine | Decline:
-    if attribute(node, "training_mode", 0) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+def _affine_map(node: ir.Node) -> Affine | Decline:
+    if int_attribute(node, "training_mode", 0) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         return Decline(node.name or "", "TRAINING_MODE", "the statistics are those of the batch")
     arrays = [constant(v) for v in node.inputs[1:5]]
     found = [a.astype(np.float64) for a in arrays if a is not None]
     if len(found) != 4:
         return Decline(node.name or "", "NONCONST_PARAMETERS", "scale, shift, mean or variance is computed")
     gamma, beta, mean, variance = found
-    epsilon = float(attribute(node, "epsilon", 1e-5))  # type: ignore[arg-type]
+    epsilon = float_attribute(node, "epsilon", 1e-5)
     with np.errstate(all="ignore"):
         factor = gamma / np.sqrt(variance + epsilon)
-        return _Affine(factor, beta - mean * factor)
+        return Affine(factor, beta - mean * factor)
 
 
 def _before(node: ir.Node) -> tuple[ir.Node, _Addition | None] | Decline:
@@ -204,7 +197,7 @@ def _addition(node: ir.Node | None) -> _Addition | None:
     return None
 
 
-def _after(node: ir.Node, affine: _Affine) -> list[ir.Node] | Decline:
+def _after(node: ir.Node, affine: Affine) -> list[ir.Node] | Decline:
     """Return the nodes that read the normalized value if every one of them can take the map into its weight."""
     anchor, output = node.name or "", node.outputs[0]
     readers = [use.node for use in output.uses()]
@@ -220,64 +213,11 @@ def _after(node: ir.Node, affine: _Affine) -> list[ir.Node] | Decline:
             return Decline(anchor, "NONCONST_WEIGHT", f"the weight of '{reader.name}' is computed")
         if len(reader.inputs) > 2 and reader.inputs[2] is not None and constant(reader.inputs[2]) is None:
             return Decline(anchor, "NONCONST_BIAS", f"the bias of '{reader.name}' is computed")
-        if reader.op_type in {"Gemm", "MatMul"} and (rank(output) != 2 or attribute(reader, "transA", 0)):
+        if reader.op_type in {"Gemm", "MatMul"} and (rank(output) != 2 or int_attribute(reader, "transA", 0)):
             return Decline(anchor, "AXIS", f"axis 1 is not what '{reader.name}' sums over")
-        if _pads(reader) and np.any(affine.offset):
+        if pads_borders(reader) and np.any(affine.offset):
             return Decline(anchor, "PAD2_NONZERO", f"'{reader.name}' pads with zeros, which the normalization would shift")
     return readers
-
-
-def _pads(node: ir.Node) -> bool:
-    if node.op_type == "ConvTranspose":
-        return True  # at the border fewer taps reach an output than inside
-    mode = attribute(node, "auto_pad", "NOTSET")
-    return node.op_type == "Conv" and (mode not in {"NOTSET", "VALID"} or (mode == "NOTSET" and any(attribute(node, "pads", ()))))  # type: ignore[call-overload]
-
-
-def _parameters(linear: ir.Node, extra: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return weight and bias in float64; the bias of a Gemm includes its beta."""
-    weight = constant(linear.inputs[1])
-    given = constant(linear.inputs[2]) if len(linear.inputs) > 2 else extra
-    if weight is None:
-        raise TypeError(f"the weight of '{linear.name}' is computed")
-    bias = np.zeros(1) if given is None else given.astype(np.float64)
-    beta = float(attribute(linear, "beta", 1.0)) if linear.op_type == "Gemm" else 1.0  # type: ignore[arg-type]
-    return weight.astype(np.float64), bias * beta
-
-
-def _scale_outputs(linear: ir.Node, affine: _Affine, extra: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return W' = t W along the output axis and b' = t b + offset."""
-    weight, bias = _parameters(linear, extra)
-    factor = affine.factor
-    with np.errstate(all="ignore"):
-        bias = bias * factor + affine.offset
-        if linear.op_type == "Conv" or (linear.op_type == "Gemm" and attribute(linear, "transB", 0)):
-            return weight * factor.reshape(-1, *[1] * (weight.ndim - 1)), bias
-        if linear.op_type == "ConvTranspose":  # I x O/g: the rows of a group hold the outputs of that group
-            groups = int(attribute(linear, "group", 1))  # type: ignore[call-overload]
-            rows = np.repeat(factor.reshape(groups, -1), weight.shape[0] // groups, axis=0)
-            return weight * rows.reshape(*rows.shape, *[1] * (weight.ndim - 2)), bias
-        return weight * factor, bias
-
-
-def _scale_inputs(linear: ir.Node, affine: _Affine) -> tuple[np.ndarray, np.ndarray]:
-    """Return W' = W t along the input axis and b' = b + sum W offset."""
-    weight, bias = _parameters(linear)
-    factor, offset = affine.factor, affine.offset
-    with np.errstate(all="ignore"):
-        if linear.op_type == "Conv":  # O x I/g: an output reads the inputs of its group
-            groups = int(attribute(linear, "group", 1))  # type: ignore[call-overload]
-            shape = (weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
-            per_row = [np.repeat(a.reshape(groups, -1), weight.shape[0] // groups, axis=0).reshape(shape) for a in (factor, offset)]
-            return weight * per_row[0], bias + np.sum(weight * per_row[1], axis=tuple(range(1, weight.ndim)))
-        if linear.op_type == "ConvTranspose":
-            return weight * factor.reshape(-1, *[1] * (weight.ndim - 1)), np.broadcast_to(
-                bias, (weight.shape[1] * int(attribute(linear, "group", 1)),)
-            )  # type: ignore[call-overload]
-        alpha = float(attribute(linear, "alpha", 1.0)) if linear.op_type == "Gemm" else 1.0  # type: ignore[arg-type]
-        if linear.op_type == "Gemm" and attribute(linear, "transB", 0):
-            return weight * factor, bias + alpha * (weight @ offset)
-        return weight * factor[:, None], bias + alpha * (offset @ weight)
 
 
 def _as_type(linear: ir.Node, array: np.ndarray) -> np.ndarray:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.dimensions import Size
 from deploycc.core.elements import INTEGERS, Contents
 from deploycc.core.evaluation import DETERMINISTIC, Refusal, evaluate
-from deploycc.core.graph import FLOAT_TYPES, constant, is_constant, opset, remove_dead_nodes
+from deploycc.core.graph import FLOAT_TYPES, constant, fresh_name, is_constant, opset, remove_dead_nodes, taken_names
 from deploycc.core.inference import observe, output_sizes
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
+
+if TYPE_CHECKING:
+    from deploycc.core.dimensions import Size
 
 _ROUNDED = "rounded once to the type of the tensor"
 
@@ -33,7 +35,7 @@ class FoldConstants:
         SIZE: the result would exceed its inputs by more than ``growth_limit`` bytes.
         EVALUATION: the value is not defined (integer overflow, division by zero) or the evaluator refused.
         GRAPH_OUTPUT: the constant is an output of the graph, which has to stay a node.
-        ZERO_SIZE: a target shape has a zero, so that -1 would not say which size the dynamic dimension has.
+        ZERO_SIZE: a target shape has a zero, beside which -1 would not say how large the dynamic dimension is.
         DTYPE: the constant holds strings or sequences, which an initializer cannot.
 
     Options:
@@ -51,7 +53,7 @@ class FoldConstants:
         """Fold until nothing changes."""
         rewrites: list[Rewrite] = []
         while True:
-            sweep = _Sweep(model.graph, opset(model), self.growth_limit)
+            sweep = _Sweep(model.graph, opset(model), self.growth_limit, taken_names(model.graph))
             sweep.run()
             rewrites += sweep.rewrites
             if not sweep.rewrites:
@@ -65,6 +67,7 @@ class _Sweep:
     graph: ir.Graph
     opset: int
     growth_limit: int
+    taken: set[str]
     known: Contents = field(default_factory=dict)
     rewrites: list[Rewrite] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)
@@ -88,7 +91,7 @@ class _Sweep:
             self.become(node, [value], "worked out from shapes")
         elif node.op_type in DETERMINISTIC and node.inputs and all(v is None or is_constant(v) for v in node.inputs):
             self.compute(node)
-        elif node.op_type == "Reshape" and not is_constant(node.inputs[1]):
+        elif node.op_type == "Reshape" and len(node.inputs) > 1 and not is_constant(node.inputs[1]):
             self.settle_target(node)
 
     def lift(self, node: ir.Node) -> None:
@@ -123,7 +126,8 @@ class _Sweep:
         elements = self.known.get(output) if output is not None else None
         if output is None or elements is None or output.dtype not in INTEGERS or len(node.outputs) != 1:
             return None
-        if not all(isinstance(e, (int, bool, np.bool_)) and -(2**63) <= int(e) < 2**63 for e in elements.flat):
+        bits = 31 if output.dtype == ir.DataType.INT32 else 63
+        if not all(isinstance(e, (int, bool, np.bool_)) and -(2**bits) <= int(e) < 2**bits for e in elements.flat):
             return None
         return elements.astype(output.dtype.numpy())
 
@@ -142,13 +146,12 @@ class _Sweep:
         target = None if sizes is None else _target_of(sizes)
         if sizes is None or target is None:
             return
-        if 0 in target and -1 in target:
-            self.declines.append(Decline(node.name or "", "ZERO_SIZE", f"the target {target} has a zero beside its dynamic dimension"))
+        if 0 in target:
+            self.declines.append(Decline(node.name or "", "ZERO_SIZE", f"the target {target} has a zero, which Reshape reads as 'keep'"))
             return
-        shape = self.initializer(f"{node.outputs[0].name}_shape", ir.tensor(np.array(target, dtype=np.int64)))
-        node.replace_input_with(1, shape)
-        if 0 not in target:
-            node.attributes.pop("allowzero", None)
+        name = fresh_name(f"{node.outputs[0].name}_shape", self.taken)
+        node.replace_input_with(1, self.initializer(name, ir.tensor(np.array(target, dtype=np.int64))))
+        node.attributes.pop("allowzero", None)
         self.rewrites.append(Rewrite(node.name or "", f"the computed target shape is {target}"))
 
     def become(self, node: ir.Node, results: list[np.ndarray | ir.TensorProtocol], what: str, proof: str = "exact") -> None:
@@ -164,10 +167,8 @@ class _Sweep:
         self.rewrites.append(Rewrite(node.name or "", what, proof))
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """Register a tensor under a name that is free among the initializers."""
-        while name in self.graph.initializers:
-            name += "_"
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        """Register a tensor under a name that is free."""
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

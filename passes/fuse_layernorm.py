@@ -11,11 +11,11 @@ import onnx_ir as ir
 from deploycc.core.graph import (
     FLOAT_TYPES,
     add_initializer,
-    attribute,
     axes_of,
     constant,
     escapes,
     fresh_name,
+    int_attribute,
     opset,
     rank,
     scalar,
@@ -41,6 +41,7 @@ class FuseLayernorm:
         OPSET: the model is below opset 17, which has no LayerNormalization.
         AXIS: the statistics are not over the last axes.
         MULTI_CONSUMER: a value inside the pattern is read elsewhere or is a graph output.
+        DTYPE: the values are FP64, and LayerNormalization computes its statistics in FP32.
         NOT_AFFINE: no scale over the normalized axes follows, and their size, which a scale of ones needs, is dynamic.
         EPSILON: what is added to the variance is not a positive constant.
 
@@ -114,7 +115,7 @@ def _past_cast(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.Node]]:
 def _mean(value: ir.Value | None) -> tuple[ir.Value, tuple[int, ...] | None, ir.Node] | None:
     """Return what a ReduceMean that keeps its dimensions averages, and over which axes from the end."""
     node = _producer(value, "ReduceMean")
-    if node is None or node.inputs[0] is None or not attribute(node, "keepdims", 1):
+    if node is None or node.inputs[0] is None or not int_attribute(node, "keepdims", 1):
         return None
     axes, dimensions = axes_of(node), rank(node.inputs[0])
     if axes is None or (dimensions is None and any(a >= 0 for a in axes)):
@@ -176,7 +177,9 @@ def _squared(value: ir.Value) -> tuple[ir.Value, list[ir.Node]] | None:
 def _fuse(norm: _Norm, version: int, taken: set[str]) -> Rewrite | Decline:
     anchor = norm.last.name or ""
     axes = norm.axes
-    if axes is None or axes != tuple(range(-len(axes), 0)):
+    if norm.source.dtype == ir.DataType.DOUBLE:
+        return Decline(anchor, "DTYPE", "LayerNormalization computes the statistics of FP64 values in FP32")
+    if not axes or axes != tuple(range(-len(axes), 0)):
         return Decline(anchor, "AXIS", f"the statistics are over the axes {axes}, not the last ones")
     if norm.epsilon is None or norm.epsilon <= 0:
         return Decline(anchor, "EPSILON", "what is added to the variance is not a positive constant")

@@ -10,8 +10,8 @@ from collections.abc import Callable, MutableMapping
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.dimensions import Dim, dimensions, divide, product
-from deploycc.core.graph import attribute, axes_of, is_constant
+from deploycc.core.dimensions import Dim, Size, dimensions, divide, product
+from deploycc.core.graph import attribute, axes_of, int_attribute, is_constant
 
 Contents = MutableMapping[ir.Value, np.ndarray]
 LARGEST = 64  # elements of a tensor that counts as shape arithmetic
@@ -46,7 +46,7 @@ def slices(node: ir.Node, rank: int, known: Contents) -> dict[int, slice] | None
 
 def shape_bounds(node: ir.Node) -> slice:
     """Return the part of the shape that a Shape node takes."""
-    return slice(attribute(node, "start", 0), attribute(node, "end", None))
+    return slice(int_attribute(node, "start", 0), attribute(node, "end"))
 
 
 def computed_elements(node: ir.Node, known: Contents) -> np.ndarray | None:
@@ -62,7 +62,10 @@ def computed_elements(node: ir.Node, known: Contents) -> np.ndarray | None:
     arrays = [contents(v, known) for v in node.inputs if v is not None]
     if not arrays or any(a is None for a in arrays):
         return None
-    result = rule(node, [a for a in arrays if a is not None])
+    try:
+        result = rule(node, [a for a in arrays if a is not None])
+    except (ValueError, IndexError, TypeError, OverflowError):  # a malformed graph; the checker says it better
+        return None
     if result is None or any(e is None for e in result.flat):
         return None
     return result if result.size <= LARGEST else None
@@ -74,7 +77,7 @@ def _objects(elements: object) -> np.ndarray:
 
 def _gather(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
     data, indices = arrays
-    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    axis = int_attribute(node, "axis", 0)
     if any(isinstance(i, Dim) or not -data.shape[axis] <= i < data.shape[axis] for i in indices.flat):
         return None
     return _objects(np.take(data, indices.astype(np.int64), axis=axis))
@@ -88,7 +91,7 @@ def _slice(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
 
 
 def _concat(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays, axis=int(attribute(node, "axis", 0)))  # type: ignore[call-overload]
+    return np.concatenate(arrays, axis=int_attribute(node, "axis", 0))
 
 
 def _unsqueeze(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
@@ -104,7 +107,7 @@ def _squeeze(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
 
 
 def _reshape(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
-    target = [arrays[0].shape[i] if d == 0 and not attribute(node, "allowzero", 0) else d for i, d in enumerate(arrays[1])]
+    target = [arrays[0].shape[i] if d == 0 and not int_attribute(node, "allowzero", 0) else d for i, d in enumerate(arrays[1])]
     return None if any(isinstance(d, Dim) for d in target) else arrays[0].reshape(target)
 
 
@@ -116,20 +119,20 @@ def _cast(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
 
 def _divide(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
     # Only divisions without a remainder: rounding is exact then, whatever the signs.
-    return _pairwise(lambda a, b: divide(a, b), arrays)
+    return _pairwise(divide, arrays)
 
 
 def _equal(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
     return _pairwise(_compare, arrays)
 
 
-def _compare(first: object, second: object) -> bool | None:
+def _compare(first: Size, second: Size) -> bool | None:
     if first == second:
         return True
     if isinstance(first, int) and isinstance(second, int):
         return False
     # A dimension is never negative, so it differs from -1.
-    for difference in (first - second, second - first):  # type: ignore[operator]
+    for difference in (first - second, second - first):
         rest = difference - 1
         if rest.is_nonnegative if isinstance(rest, Dim) else rest >= 0:
             return False
@@ -142,7 +145,7 @@ def _where(node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
     return _objects(np.where(arrays[0].astype(bool), arrays[1], arrays[2]))
 
 
-def _pairwise(operation: Callable[[object, object], object], arrays: list[np.ndarray]) -> np.ndarray | None:
+def _pairwise(operation: Callable[[Size, Size], object], arrays: list[np.ndarray]) -> np.ndarray | None:
     return _objects(np.frompyfunc(operation, 2, 1)(arrays[0], arrays[1]))
 
 

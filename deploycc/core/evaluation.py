@@ -12,16 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.graph import FLOAT_TYPES, attribute
+from deploycc.core.graph import FLOAT_TYPES, int_attribute
 
 Arrays = Sequence[np.ndarray | None]
 
-ARITHMETIC = frozenset(
-    ["Abs", "Add", "Ceil", "Clip", "Cos", "Div", "Erf", "Exp", "Floor", "Gelu", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softmax", "Sqrt", "Sub", "Sum", "Tanh", "Where"]
+
+def _operators(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+ARITHMETIC = _operators(
+    "Abs Add Ceil Clip Cos Div Erf Exp Floor Gelu Log MatMul Max Min Mod Mul Neg Pow Reciprocal ReduceMax ReduceMean "
+    "ReduceMin ReduceProd ReduceSum Relu Round Sigmoid Sign Sin Softmax Sqrt Sub Sum Tanh Where"
 )
-LOGIC = frozenset(["And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"])
-MOVEMENT = frozenset(
-    ["ArgMax", "ArgMin", "Cast", "Concat", "ConstantOfShape", "CumSum", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Range", "Reshape", "ScatterND", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze"]
+LOGIC = _operators("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor")
+MOVEMENT = _operators(
+    "ArgMax ArgMin Cast Concat ConstantOfShape CumSum Expand Flatten Gather GatherElements GatherND Identity Pad Range "
+    "Reshape ScatterND Slice Split Squeeze Tile Transpose Trilu Unsqueeze"
 )
 DETERMINISTIC = ARITHMETIC | LOGIC | MOVEMENT
 
@@ -68,22 +75,30 @@ def _run(node: ir.Node, inputs: Arrays, opset: int) -> list[np.ndarray]:
     proto.input.extend(names)
     proto.output.extend(f"o{k}" for k in range(len(node.outputs)))
     # Integer overflow and division by zero have no agreed result; in floating point they have, infinity or NaN.
-    with np.errstate(all="ignore" if any(floating) else "raise"):
+    # A Cast of NaN or of too large a number to an integer has none either.
+    with np.errstate(
+        all="ignore" if any(floating) else "raise", invalid="raise" if node.op_type == "Cast" or not any(floating) else "ignore"
+    ):
         results = ReferenceEvaluator(proto, opsets={"": opset}).run(None, feeds)
         arrays = [np.asarray(r) for r in results]
-        return [a.astype(dtype) if wide and a.dtype == np.float64 else a for a in arrays]
+        rounded = [a.astype(dtype) if wide and a.dtype == np.float64 else a for a in arrays]
+    for value, array in zip(node.outputs, rounded, strict=True):
+        if value.dtype is not None and ir.DataType.from_numpy(array.dtype) != value.dtype:
+            raise TypeError(f"'{value.name}' is declared {value.dtype} and evaluates to {array.dtype}")
+    return rounded
 
 
 def _predicted_bytes(node: ir.Node, inputs: Arrays) -> int | None:
     arrays = [a for a in inputs if a is not None]
-    if node.op_type in {"Range", "ConstantOfShape"}:
-        return _generated(node, arrays)
     rule = _COUNTS.get(node.op_type)
     try:
+        if node.op_type in {"Range", "ConstantOfShape"}:
+            return _generated(node, arrays)
         count = rule(node, arrays) if rule else math.prod(np.broadcast_shapes(*(a.shape for a in arrays)))
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
         return None
-    widest = {"Cast": 8, "ArgMax": 8, "ArgMin": 8, "Where": arrays[-1].dtype.itemsize}
+    target = ir.DataType(int_attribute(node, "to", 1)) if node.op_type == "Cast" else ir.DataType.FLOAT
+    widest = {"Cast": math.ceil(target.itemsize), "ArgMax": 8, "ArgMin": 8, "Where": arrays[-1].dtype.itemsize}
     return count * widest.get(node.op_type, arrays[0].dtype.itemsize)
 
 
@@ -108,13 +123,13 @@ def _expanded(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
 
 
 def _gathered(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
-    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    axis = int_attribute(node, "axis", 0)
     shape = arrays[0].shape
     return arrays[1].size * math.prod(d for i, d in enumerate(shape) if i != axis % len(shape))
 
 
 def _gathered_nd(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
-    batch, depth = int(attribute(node, "batch_dims", 0)), arrays[1].shape[-1]  # type: ignore[call-overload]
+    batch, depth = int_attribute(node, "batch_dims", 0), arrays[1].shape[-1]
     return math.prod(arrays[1].shape[:-1]) * math.prod(arrays[0].shape[batch + depth :])
 
 
@@ -138,10 +153,8 @@ def _tiled(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
 
 
 _COUNTS: dict[str, Callable[[ir.Node, Sequence[np.ndarray]], int]] = {
-    **dict.fromkeys(
-        ["ArgMax", "ArgMin", "CumSum", "Flatten", "GatherElements", "Identity", "Reshape", "ScatterND", "Slice", "Split", "Squeeze", "Transpose"], _largest
-    ),
-    **dict.fromkeys(["ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Softmax", "Trilu", "Unsqueeze", "Cast", "Clip"], _largest),
+    **dict.fromkeys(_operators("ArgMax ArgMin Cast Clip CumSum Flatten GatherElements Identity Reshape ScatterND Slice Split"), _largest),
+    **dict.fromkeys(_operators("ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Softmax Squeeze Transpose Trilu Unsqueeze"), _largest),
     "Concat": _total,
     "Expand": _expanded,
     "Gather": _gathered,

@@ -12,14 +12,14 @@ FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFL
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """Return the array of an initializer, or None for anything computed, fed or absent."""
-    if value is None or value.const_value is None or not value.is_initializer():
+    if value is None or value.const_value is None or not is_constant(value):
         return None
     return value.const_value.numpy()
 
 
 def is_constant(value: ir.Value | None) -> bool:
     """Return whether ``value`` is an initializer with data, without reading the data."""
-    return value is not None and value.const_value is not None and value.is_initializer()
+    return value is not None and value.const_value is not None and value.is_initializer() and not value.is_graph_input()
 
 
 def scalar(value: ir.Value | None) -> float | None:
@@ -39,13 +39,28 @@ def sole_consumer(value: ir.Value) -> ir.Node | None:
     uses = value.uses()
     if len(uses) != 1 or value.is_graph_output():
         return None
-    return uses[0].node
+    return next(iter(uses)).node
 
 
 def attribute(node: ir.Node, name: str, default: object = None) -> object:
     """Return the plain value of an attribute, or ``default``."""
     found = node.attributes.get(name)
     return default if found is None else found.value
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """Return the integer held by an attribute, or ``default``."""
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def ints_attribute(node: ir.Node, name: str) -> tuple[int, ...] | None:
+    """Return the integers held by an attribute, or None if it is absent."""
+    return tuple(node.attributes[name].as_ints()) if name in node.attributes else None
+
+
+def float_attribute(node: ir.Node, name: str, default: float) -> float:
+    """Return the number held by an attribute, or ``default``."""
+    return node.attributes[name].as_float() if name in node.attributes else default
 
 
 def rank(value: ir.Value | None) -> int | None:
@@ -89,7 +104,7 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.Dat
     """Register a constant under a name derived from ``name`` that is free in the graph."""
     name = fresh_name(name, set(graph.initializers) | {v.name or "" for v in graph.inputs})
     tensor = ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

@@ -6,21 +6,31 @@ operators of which shape arithmetic is made and those that carry its result; eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import zip_longest
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from deploycc.core.dimensions import Size, dimensions, divide, is_anonymous, product, symbol, to_shape
 from deploycc.core.elements import Contents, computed_elements, contents, shape_bounds, slices
-from deploycc.core.graph import attribute, axes_of, constant
+from deploycc.core.graph import axes_of, constant, int_attribute, ints_attribute
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
 
 Sizes = tuple[Size, ...]
 
-_UNARY = frozenset(
-    ["Abs", "BatchNormalization", "Cast", "CastLike", "Ceil", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "GroupNormalization", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Softmax", "Softplus", "Sqrt", "Tanh", "QuantizeLinear", "DequantizeLinear"]
+
+def _operators(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_UNARY = _operators(
+    "Abs BatchNormalization Cast CastLike Ceil Clip Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
+    "InstanceNormalization GroupNormalization LayerNormalization LeakyRelu Log LogSoftmax Neg Not Reciprocal Relu Round "
+    "Selu Sigmoid Sign Softmax Softplus Sqrt Tanh QuantizeLinear DequantizeLinear"
 )
-_BROADCASTING = frozenset(["Add", "And", "Div", "Equal", "Greater", "Less", "Max", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Where", "Xor"])
+_BROADCASTING = _operators("Add And Div Equal Greater Less Max Min Mod Mul Or Pow Sub Where Xor")
 
 
 def observe(node: ir.Node, known: Contents) -> None:
@@ -73,7 +83,10 @@ def _inferred(node: ir.Node, known: Contents) -> Sizes | None:
         complete = [s for s in shapes if s is not None]
         return broadcast(complete) if len(complete) == len(shapes) and shapes else None
     rule = _SHAPES.get(node.op_type)
-    return rule(node, shapes[0], known) if rule and shapes and shapes[0] is not None else None
+    try:
+        return rule(node, shapes[0], known) if rule and shapes and shapes[0] is not None else None
+    except (ValueError, IndexError, ZeroDivisionError):  # a malformed graph; the checker says it better
+        return None
 
 
 def _reshape(node: ir.Node, source: Sizes, known: Contents) -> Sizes | None:
@@ -81,7 +94,7 @@ def _reshape(node: ir.Node, source: Sizes, known: Contents) -> Sizes | None:
     if target is None:
         return None
     sizes = list(target)
-    if not attribute(node, "allowzero", 0):
+    if not int_attribute(node, "allowzero", 0):
         if any(isinstance(d, int) and d == 0 and i >= len(source) for i, d in enumerate(sizes)):
             return None
         sizes = [source[i] if isinstance(d, int) and d == 0 else d for i, d in enumerate(sizes)]
@@ -93,13 +106,12 @@ def _reshape(node: ir.Node, source: Sizes, known: Contents) -> Sizes | None:
 
 
 def _transpose(node: ir.Node, source: Sizes, known: Contents) -> Sizes:
-    order = attribute(node, "perm", tuple(reversed(range(len(source)))))
-    return tuple(source[i] for i in order)  # type: ignore[attr-defined]
+    return tuple(source[i] for i in ints_attribute(node, "perm") or reversed(range(len(source))))
 
 
 def _concat(node: ir.Node, source: Sizes, known: Contents) -> Sizes | None:
     shapes = [dimensions(v) for v in node.inputs]
-    axis = int(attribute(node, "axis", 0)) % max(len(source), 1)  # type: ignore[call-overload]
+    axis = int_attribute(node, "axis", 0) % max(len(source), 1)
     total: Size = 0
     for shape in shapes:
         if shape is None or len(shape) != len(source):
@@ -148,7 +160,7 @@ def _unsqueeze(node: ir.Node, source: Sizes, known: Contents) -> Sizes | None:
 
 def _gather(node: ir.Node, source: Sizes, known: Contents) -> Sizes | None:
     indices = dimensions(node.inputs[1])
-    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    axis = int_attribute(node, "axis", 0)
     return None if indices is None else (*source[: axis % len(source)], *indices, *source[axis % len(source) + 1 :])
 
 
@@ -165,7 +177,7 @@ def _reduce(node: ir.Node, source: Sizes, known: Contents) -> Sizes | None:
     if axes is None:
         return None
     reduced = {a % len(source) for a in axes}
-    if attribute(node, "keepdims", 1):
+    if int_attribute(node, "keepdims", 1):
         return tuple(1 if i in reduced else d for i, d in enumerate(source))
     return tuple(d for i, d in enumerate(source) if i not in reduced)
 
