@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -11,6 +11,9 @@ from onnx.reference import ReferenceEvaluator
 
 from deploycc.core.contract import CANONICAL
 from deploycc.core.passes import Pass, PassRecord, run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 def graph(text: str, *, opset: int = 20) -> ir.Model:
@@ -82,7 +85,7 @@ def assert_close(before: ir.Model, after: ir.Model, *shapes: Sequence[int], roun
     """Check that both compute the same from random inputs, up to ``roundings`` FP32 roundings of the largest output."""
     rng = np.random.default_rng(seed)
     feeds = {v.name: rng.standard_normal(s).astype(np.float32) for v, s in zip(before.graph.inputs, shapes, strict=True)}
-    for one, other in zip(compute(before, feeds), compute(after, feeds), strict=True):
+    for one, other in zip(execute(before, feeds), execute(after, feeds), strict=True):
         bound = roundings * np.finfo(np.float32).eps * max(1.0, float(np.max(np.abs(one), initial=0.0)))
         assert one.shape == other.shape
         assert np.max(np.abs(one - other), initial=0.0) <= bound

@@ -81,7 +81,8 @@ def test_a_rolled_window_gets_static_shapes() -> None:
     before = graph(
         """(float[N,5,2] x) => (float[N,2,5] y) <int64 k = {2}, int64[1] z = {0}, int64[1] one = {1}> {
         s = Shape<start=1, end=2>(x) m = Mod(k, s) a = Slice(x, z, m, one) b = Slice(x, m, s, one) r = Concat<axis=1>(b, a)
-        n = Shape<start=0, end=1>(r) q = Shape<start=2, end=3>(r) p = Shape<start=1, end=2>(r) t = Concat<axis=0>(n, q, p) y = Reshape(r, t) }"""
+        n = Shape<start=0, end=1>(r) q = Shape<start=2, end=3>(r) p = Shape<start=1, end=2>(r)
+        t = Concat<axis=0>(n, q, p) y = Reshape(r, t) }"""
     )
     after = apply(before, FOLD)
     assert operators(after) == ["Slice", "Slice", "Concat", "Reshape"]
