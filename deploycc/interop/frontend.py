@@ -18,21 +18,20 @@ from deploycc.interop.protos import graphs, nodes, parse_proto
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-OWN_DOMAIN = "deploycc"
-
 
 def normalize(request: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the skeleton at ``request['skeleton']`` to normal form, in place; return a refusal if there is one."""
     file, path = Path(request["skeleton"]), str(request["path"])
     try:
-        model = normalized(parse_proto(file.read_bytes()), opset=int(request["opset"]), path=path)
+        skeleton = parse_proto(file.read_bytes())
+        model = normalized(skeleton, opset=int(request["opset"]), path=path, own=frozenset(request["own"]))
     except UsageError as error:
         return {"refused": {"what": error.what, "at": error.at, "fix": error.fix}}
     file.write_bytes(model.SerializeToString())
     return {}
 
 
-def normalized(model: onnx.ModelProto, *, opset: int, path: str) -> onnx.ModelProto:
+def normalized(model: onnx.ModelProto, *, opset: int, path: str, own: frozenset[str] = frozenset()) -> onnx.ModelProto:
     """Return the model checked, inlined, named, sorted, at ``opset`` or above, with inferred types and shapes."""
     model.ir_version = max(model.ir_version, 10)
     normalize_domains(model)
@@ -40,12 +39,13 @@ def normalized(model: onnx.ModelProto, *, opset: int, path: str) -> onnx.ModelPr
     if default_opset(model) <= 20:
         decompose_group_normalization(model)
     _check(model, path)
-    model = inline(model, path)
+    model = inline(model, path, own)
     name_nodes(model.graph)
     sort_nodes(model.graph, path)
     model = raise_opset(model, opset=opset, path=path)
     name_nodes(model.graph)
     model = infer(model, path)
+    drop_unused_opsets(model, own)
     _check(model, path)
     return model
 
@@ -62,15 +62,24 @@ def normalize_domains(model: onnx.ModelProto) -> None:
                 node.domain = ""
 
 
-def inline(model: onnx.ModelProto, path: str) -> onnx.ModelProto:
+def drop_unused_opsets(model: onnx.ModelProto, own: frozenset[str]) -> None:
+    """Drop the opsets of domains that went away with their functions."""
+    used = {node.domain for owner in (model.graph, *model.functions) for node in nodes(owner)} | own | {""}
+    for index in reversed(range(len(model.opset_import))):
+        if model.opset_import[index].domain not in used:
+            del model.opset_import[index]
+
+
+def inline(model: onnx.ModelProto, path: str, own: frozenset[str]) -> onnx.ModelProto:
     """Inline every function but those of our own domain, which stand for plugins."""
     if not model.functions:
         return model
-    own = [(f.domain, f.name) for f in model.functions if f.domain == OWN_DOMAIN]
-    result = (
-        inliner.inline_selected_functions(model, own, exclude=True) if own else inliner.inline_local_functions(model, convert_version=True)
-    )
-    left = [f"{f.domain}::{f.name}" for f in result.functions if f.domain != OWN_DOMAIN]
+    kept = [(f.domain, f.name) for f in model.functions if f.domain in own]
+    if kept:
+        result = inliner.inline_selected_functions(model, kept, exclude=True)
+    else:
+        result = inliner.inline_local_functions(model, convert_version=True)
+    left = [f"{f.domain}::{f.name}" for f in result.functions if f.domain not in own]
     called = {(n.domain, n.op_type) for n in nodes(result.graph)}
     stuck = [name for name in left if tuple(name.split("::")) in called]
     if stuck:
@@ -80,9 +89,9 @@ def inline(model: onnx.ModelProto, path: str) -> onnx.ModelProto:
             fix="export the model with one opset for the graph and its functions",
         )
     if left:
-        kept = [f for f in result.functions if f.domain == OWN_DOMAIN]
+        ours = [f for f in result.functions if f.domain in own]
         del result.functions[:]
-        result.functions.extend(kept)
+        result.functions.extend(ours)
     return result
 
 
@@ -152,7 +161,8 @@ def _check(model: onnx.ModelProto, path: str) -> None:
         if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
             value.type.tensor_type.shape.SetInParent()
     try:
-        checker.check_model(checked)
+        # A function may import another opset than the graph; the inliner converts it.
+        checker.check_model(checked, skip_opset_compatibility_check=bool(model.functions))
     except checker.ValidationError as error:
         text = " ".join(str(error).split())
         raise UsageError(

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from deploycc.core import child
 from deploycc.core.artefact import Artefact, Stage
+from deploycc.core.contract import OWN_DOMAINS
 from deploycc.core.errors import UsageError
 from deploycc.interop.admission import check_admissible, check_types
+from deploycc.interop.conversion import from_proto
 from deploycc.interop.external import check_external_data
 from deploycc.interop.numbers import check_numbers
-from deploycc.interop.protos import from_proto, parse_proto
+from deploycc.interop.protos import parse_proto
 from deploycc.interop.reading import read_proto
 from deploycc.interop.weights import attach, detach
 
@@ -58,7 +60,7 @@ def _normalized(skeleton: onnx.ModelProto, path: Path, *, opset: int, timeout: f
     with tempfile.TemporaryDirectory(prefix="deploycc-load-") as folder:
         file = Path(folder, "skeleton.onnx")
         file.write_bytes(skeleton.SerializeToString())
-        request = {"skeleton": str(file), "opset": opset, "path": str(path)}
+        request = {"skeleton": str(file), "opset": opset, "path": str(path), "own": sorted(OWN_DOMAINS)}
         try:
             answer = child.call("deploycc.interop.frontend:normalize", request, timeout=timeout)
         except child.ChildTimedOut as error:
