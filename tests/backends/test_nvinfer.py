@@ -82,7 +82,7 @@ def test_the_time_budget_grows_with_the_square_of_the_nodes():
 def test_a_build_that_takes_too_long_is_stopped_and_leaves_nothing(build, tmp_path):
     start = time.perf_counter()
     with pytest.raises(BackendError, match=r"stopped after 2 s.*raise the time-out"):
-        build(chain_model(1500), timeout=2)
+        build(chain_model(4000), timeout=2)
     assert time.perf_counter() - start < 6
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
@@ -115,7 +115,7 @@ def test_a_failed_build_keeps_the_old_engine(build, tmp_path):
 
 
 def test_ctrl_c_stops_the_build_at_once(tmp_path):
-    (tmp_path / "model.onnx").write_bytes(chain_model(1500))
+    (tmp_path / "model.onnx").write_bytes(chain_model(4000))
     code = (
         "from pathlib import Path; from deploycc.backends.tensorrt_rtx import TensorRTRTX as Rtx;"
         "from deploycc.core.backend import BuildOptions; from deploycc.core.target import parse_target as target;"
@@ -133,12 +133,12 @@ def test_ctrl_c_stops_the_build_at_once(tmp_path):
 
 
 def compiling_child(parent, seconds=30):
-    """Return the child of ``parent`` once it has computed for two seconds, that is, when it is deep inside the compiler."""
+    """Return the child of ``parent`` once it has computed for a second, that is, when it is deep inside the compiler."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        assert parent.poll() is None, parent.stderr.read().decode()
+        assert parent.poll() is None, parent.communicate()[1].decode()
         children = psutil.Process(parent.pid).children()
-        if children and children[0].cpu_times().user > 2:
+        if children and children[0].cpu_times().user > 1:
             return children[0]
         time.sleep(0.1)
     raise AssertionError("the build did not start")
