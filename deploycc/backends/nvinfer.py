@@ -78,18 +78,25 @@ def build(
     seconds = options.timeout if options.timeout != BuildOptions().timeout else time_budget(count_nodes(model), base=base)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        request = {
-            "module": module,
-            "model": str(model.resolve()),
-            "partial": str(Path(scratch, "engine").resolve()),
-            "stderr": str(Path(scratch, "stderr").resolve()),
-            "archs": list(archs),
-            "shapes": {p.name: [list(p.minimum), list(p.optimum), list(p.maximum)] for p in profiles},
-            "workspace": options.workspace,
-        }
+        request = _request(module, model, Path(scratch).resolve(), profiles, options, archs)
         answer = _answer(request, model, out, target, seconds)
         Path(scratch, "engine").replace(out)
     return Engine(target, out, answer["bytes"], answer["seconds"], answer["peak_rss_mb"], warnings=tuple(_warnings(answer["log"])))
+
+
+def _request(
+    module: str, model: Path, scratch: Path, profiles: Sequence[Profile], options: BuildOptions, archs: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return what the child needs to know, as JSON-able data."""
+    return {
+        "module": module,
+        "model": str(model.resolve()),
+        "partial": str(scratch / "engine"),
+        "stderr": str(scratch / "stderr"),
+        "archs": list(archs),
+        "shapes": {p.name: [list(p.minimum), list(p.optimum), list(p.maximum)] for p in profiles},
+        "workspace": options.workspace,
+    }
 
 
 def _answer(request: dict[str, Any], model: Path, out: Path, target: Target, seconds: float) -> dict[str, Any]:
