@@ -69,12 +69,14 @@ def scales_are_sound(model: ir.Model) -> Iterator[str]:
 
 
 def activations_are_per_tensor(model: ir.Model) -> Iterator[str]:
-    """Rule R4: only weights have scales per axis."""
+    """Rules R4 and T2: only weights have scales per axis; the scale of an activation is a scalar, not a vector of one."""
     for node in model.graph:
         if node.op_type == "QuantizeLinear" and constant(node.inputs[0]) is None:
             scale = constant(node.inputs[1])
             if scale is not None and scale.size != 1:
                 yield f"'{node.name}' quantizes an activation with {scale.size} scales (R4)"
+            elif scale is not None and scale.ndim:
+                yield f"'{node.name}' has a scale of shape {list(scale.shape)} instead of [] (T2)"
 
 
 _SOUND = (nodes_have_unique_names, values_are_defined, functions_are_inlined)

@@ -124,8 +124,8 @@ def _expanded(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
 
 def _gathered(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
     axis = int_attribute(node, "axis", 0)
-    shape = arrays[0].shape
-    return int(arrays[1].size) * math.prod(d for i, d in enumerate(shape) if i != axis % len(shape))
+    shape: tuple[int, ...] = arrays[0].shape
+    return arrays[1].size * math.prod(d for i, d in enumerate(shape) if i != axis % len(shape))
 
 
 def _gathered_nd(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:

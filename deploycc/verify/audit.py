@@ -37,7 +37,7 @@ def _finding(assignment: Assignment, engine: Engine) -> Finding:
     if not found:
         return Finding(assignment.region.name, wanted, "", "unknown")
     shown = ", ".join(dict.fromkeys(" x ".join(types) for types in found))
-    good = all(types and all(t.lower() in _WORDS[wanted] for t in types[:2]) for types in found)
+    good = all(types and all(t.lower() in _WORDS[wanted] for t in types) for types in found)
     return Finding(assignment.region.name, wanted, shown, "ok" if good else "mismatch")
 
 

@@ -1,0 +1,166 @@
+"""Export a PyTorch model to ONNX through ``torch.export``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploycc.core.errors import UsageError
+from deploycc.core.shapes import parse_shape
+
+DEFAULT_SIZE = (3, 224, 224)
+
+
+def export(source: str, out: Path, *, weights: Path | None = None, shapes: Sequence[str] = (), opset: int = 20) -> Path:
+    """Write ``source`` as ONNX to ``out`` and return the path.
+
+    Args:
+        source: ``timm:NAME``, ``package.module:function`` or ``file.py:function``; the function returns an ``nn.Module``.
+        out: the file to write; weights above 1 GB go to ``OUT.data``.
+        weights: a safetensors file; pickled checkpoints are refused.
+        shapes: ``NAME=MIN:OPT:MAX`` per input, in the order of the module's arguments. A dimension that varies becomes
+            dynamic. Default: one input ``image`` of the module's own size, batch 1 to 16.
+        opset: of the exported file.
+
+    Raises:
+        UsageError: when the source, the weights or a shape do not fit, or ``torch.export`` refuses the model.
+    """
+    if out.suffix != ".onnx":
+        raise UsageError(f"'{out}' does not end in .onnx", at="--out", fix="name the file MODEL.onnx")
+    if not out.resolve().parent.is_dir():
+        raise UsageError(f"the folder {out.resolve().parent} does not exist", at="--out", fix="create it first")
+    module = _module(source)
+    if weights is not None:
+        _load_weights(module, weights)
+    inputs = _inputs(module, shapes)
+    _export(module.eval(), inputs, out, opset, source)
+    return out
+
+
+def _module(source: str) -> Any:
+    kind, _, name = source.rpartition(":")
+    if not kind or not name:
+        raise UsageError(f"cannot read the source '{source}'", at="SOURCE", fix="write timm:NAME, package.module:function or file.py:function")
+    from torch import nn
+
+    made = _timm(name) if kind == "timm" else _function(kind, name, source)()
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"'{source}' gave a {type(made).__name__}, not an nn.Module", at="SOURCE", fix="name a function without arguments that returns the module")
+    return made
+
+
+def _function(place: str, name: str, source: str) -> Callable[[], Any]:
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise UsageError(f"'{place}' cannot be imported: {error}", at=f"SOURCE {source}", fix="check the path and that its imports are installed") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        raise UsageError(f"'{place}' has no function '{name}'", at=f"SOURCE {source}", fix=f"its functions are {', '.join(names) or 'none'}")
+    return found  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> Any:
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", at="SOURCE", fix="check the path")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _timm(name: str) -> Any:
+    _declare_torchvision_operators()
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError("timm is not installed", at=f"timm:{name}", fix="pip install 'deploycc[train]'") from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise UsageError(f"timm has no model '{name}'", at="SOURCE", fix=f"for example {', '.join(near) or 'resnet50'}")
+    # Weights from a hub are a download nobody asked for: give --weights instead.
+    return timm.create_model(name, pretrained=False)
+
+
+def _declare_torchvision_operators() -> None:
+    """Let torchvision import beside a CPU build of torch, whose binary lacks the operators that torchvision registers fakes for."""
+    import torch
+
+    if importlib.util.find_spec("torchvision") is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    global _DECLARED
+    _DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+    _DECLARED.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _DECLARED.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_DECLARED: Any = None
+
+
+def _load_weights(module: Any, path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path.name} is not a safetensors file", at="--weights", fix="convert it with safetensors.torch.save_file; pickled checkpoints run code when loaded")
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", at="--weights", fix="check the path")
+    from safetensors.torch import load_file
+
+    missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+    if missing or unexpected:
+        raise UsageError(
+            f"the weights do not fit: {len(missing)} missing (first {missing[:3]}), {len(unexpected)} unknown (first {unexpected[:3]})",
+            at=f"--weights {path}",
+            fix="use weights of this very architecture",
+        )
+
+
+def _inputs(module: Any, shapes: Sequence[str]) -> list[tuple[str, list[tuple[int, ...]]]]:
+    if shapes:
+        wanted = [parse_shape(text) for text in shapes]
+        return [(name, given * 3 if len(given) == 1 else given) for name, given in wanted]
+    config = getattr(module, "default_cfg", None) or getattr(module, "pretrained_cfg", {}) or {}
+    size = tuple(config.get("input_size", DEFAULT_SIZE)) if isinstance(config, dict) else DEFAULT_SIZE
+    return [("image", [(batch, *size) for batch in (1, 8, 16)])]
+
+
+def _export(module: Any, inputs: Sequence[tuple[str, list[tuple[int, ...]]]], out: Path, opset: int, source: str) -> None:
+    import torch
+
+    arguments, dynamic = [], []
+    for name, (low, usual, high) in inputs:
+        axes = {i: torch.export.Dim(f"{name}_{i}" if i else "batch", min=low[i], max=high[i]) for i in range(len(usual)) if low[i] != high[i]}
+        # An example of one would be specialised to a constant.
+        arguments.append(torch.zeros([max(2, d) if i in axes else d for i, d in enumerate(usual)]))
+        dynamic.append(axes)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".export-") as folder:
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                module,
+                tuple(arguments),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                input_names=[name for name, _ in inputs],
+                dynamic_shapes=tuple(dynamic),
+            )
+        except Exception as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"torch.export refused the model: {first.strip()}", at=f"SOURCE {source}", fix="check --shape against what forward() accepts; data-dependent control flow cannot be exported") from error
+        assert program is not None
+        program.save(Path(folder, out.name), external_data=_large(module))
+        for part in Path(folder).iterdir():
+            part.replace(out.resolve().parent / part.name)
+
+
+def _large(module: Any) -> bool:
+    return sum(p.numel() * p.element_size() for p in module.parameters()) > 1_000_000_000
