@@ -20,7 +20,8 @@ NO_OPS = [
     "i = Slice(a, zero, four, two)",
     "i = Max(a)",
 ]
-CONSTANTS = """<int64[3] same = {-1,1,4}, int64[3] keep = {0,0,0}, int64[3] ones = {1,1,1}, int64[6] none = {0,0,0,0,0,0}, int64[6] shift = {0,0,1,0,0,0},
+CONSTANTS = """<int64[3] same = {-1,1,4}, int64[3] keep = {0,0,0}, int64[3] ones = {1,1,1}, int64[6] none = {0,0,0,0,0,0},
+    int64[6] shift = {0,0,1,0,0,0},
     int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] four = {4}, int64[1] end = {9223372036854775807}>"""
 
 

@@ -7,6 +7,7 @@ from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_constants import FoldConstants
 
 FOLD = FoldBatchnorm()
+BN = "y = BatchNormalization(a, g, b, m, v)"
 NORM = "float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.1, 0.2, -0.3, 0}, float[4] m = {1, 0, -1, 2}, float[4] v = {1, 2, 0.5, 4}"
 CENTRED = NORM.replace("b = {0.1, 0.2, -0.3, 0}", "b = {0, 0, 0, 0}").replace("m = {1, 0, -1, 2}", "m = {0, 0, 0, 0}")
 
@@ -23,8 +24,8 @@ def tensor(name: str, *shape: int) -> str:
 
 def test_before_and_expected() -> None:
     before = graph(
-        """(float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {3}, float[1] c = {1}, float[1] g = {4}, float[1] b = {5}, float[1] m = {2},
-        float[1] v = {3.75}> { a = Conv(x, w, c) y = BatchNormalization<epsilon=0.25>(a, g, b, m, v) }"""
+        """(float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {3}, float[1] c = {1}, float[1] g = {4}, float[1] b = {5}, 
+        float[1] m = {2}, float[1] v = {3.75}> { a = Conv(x, w, c) y = BatchNormalization<epsilon=0.25>(a, g, b, m, v) }"""
     )
     expected = graph("(float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {6}, float[1] c = {3}> { y = Conv(x, w, c) }")
     assert_same(apply(before, FOLD), expected)
@@ -109,7 +110,8 @@ def test_a_chain_of_normalizations_folds_to_the_end() -> None:
     given = f"{tensor('w', 4, 4, 1, 1)}, {NORM}"
     before = graph(
         f"""(float[N,4,3,3] x) => (float[N,4,3,3] y) <{given}> {{
-        a = BatchNormalization(x, g, b, m, v) c = BatchNormalization(a, g, b, m, v) d = Conv(c, w) y = BatchNormalization(d, g, b, m, v) }}"""
+        a = BatchNormalization(x, g, b, m, v) c = BatchNormalization(a, g, b, m, v) d = Conv(c, w)
+        y = BatchNormalization(d, g, b, m, v) }}"""
     )
     after = apply(before, FOLD)
     assert operators(after) == ["Conv"]
@@ -128,9 +130,7 @@ def test_a_shared_weight_is_not_touched() -> None:
 
 
 def test_metadata_of_both_nodes_is_merged() -> None:
-    before = graph(
-        f"(float[N,4,3,3] x) => (float[N,4,3,3] y) <{tensor('w', 4, 4, 1, 1)}, {NORM}> {{ a = Conv(x, w) y = BatchNormalization(a, g, b, m, v) }}"
-    )
+    before = graph(f"(float[N,4,3,3] x) => (float[N,4,3,3] y) <{tensor('w', 4, 4, 1, 1)}, {NORM}> {{ a = Conv(x, w) {BN} }}")
     before.graph[0].metadata_props["scope"] = "conv"
     before.graph[1].metadata_props.update({"scope": "bn", "only": "bn"})
     assert apply(before, FOLD).graph[0].metadata_props == {"scope": "conv", "only": "bn"}
@@ -147,14 +147,15 @@ def test_half_precision_weights_stay_half() -> None:
 
 CONV = f"{tensor('w', 4, 4, 3, 3)}, {tensor('p', 4, 4, 1, 1)}, {NORM}"
 DECLINED = {
-    "TRAINING_MODE": "(float[2,4,3,3] x) => (float[2,4,?,?] y) { a = Conv(x, p) y, q, r = BatchNormalization<training_mode=1>(a, g, b, m, v) }",
+    "TRAINING_MODE": "(float[2,4,3,3] x) => (float[N,4,H,W] y) { a = Conv(x, p)"
+    " y, q, r = BatchNormalization<training_mode=1>(a, g, b, m, v) }",
     "NONCONST_PARAMETERS": "(float[2,4,3,3] x, float[4] s) => (float[2,4,?,?] y) { a = Conv(x, p) y = BatchNormalization(a, s, b, m, v) }",
-    "NONCONST_WEIGHT": "(float[2,4,3,3] x, float[4,4,1,1] k) => (float[2,4,?,?] y) { a = Conv(x, k) y = BatchNormalization(a, g, b, m, v) }",
+    "NONCONST_WEIGHT": "(float[2,4,3,3] x, float[4,4,1,1] k) => (float[2,4,?,?] y) { a = Conv(x, k) " + BN + " }",
     "NONCONST_BIAS": "(float[2,4,3,3] x, float[4] k) => (float[2,4,?,?] y) { a = Conv(x, p, k) y = BatchNormalization(a, g, b, m, v) }",
-    "MULTI_CONSUMER": "(float[2,4,3,3] x) => (float[2,4,?,?] y) { a = Conv(x, p) c = BatchNormalization(a, g, b, m, v) y = Add(a, c) }",
+    "MULTI_CONSUMER": "(float[2,4,3,3] x) => (float[N,4,H,W] y) { a = Conv(x, p) c = BatchNormalization(a, g, b, m, v) y = Add(a, c) }",
     "GRAPH_OUTPUT": "(float[2,4,3,3] x) => (float[2,4,?,?] y, float[2,4,?,?] a) { a = Conv(x, p) y = BatchNormalization(a, g, b, m, v) }",
-    "PAD2_NONZERO": "(float[2,4,3,3] x) => (float[2,4,?,?] y) { a = BatchNormalization(x, g, b, m, v) y = Conv<pads=[1,1,1,1]>(a, w) }",
-    "STANDALONE": "(float[2,4,3,3] x) => (float[2,4,?,?] y) { a = Relu(x) y = BatchNormalization(a, g, b, m, v) }",
+    "PAD2_NONZERO": "(float[2,4,3,3] x) => (float[N,4,H,W] y) { a = BatchNormalization(x, g, b, m, v) y = Conv<pads=[1,1,1,1]>(a, w) }",
+    "STANDALONE": "(float[2,4,3,3] x) => (float[N,4,H,W] y) { a = Relu(x) y = BatchNormalization(a, g, b, m, v) }",
     "AXIS": "(float[2,4,4] x) => (float[2,4,4] y) { k = Reshape(p, f) a = MatMul(x, l) y = BatchNormalization(a, g, b, m, v) }",
 }
 
@@ -175,7 +176,7 @@ def test_declines(code: str) -> None:
         ("AXIS", "(float[2,4,4] x) => (float[2,4,4] y) { a = BatchNormalization(x, g, b, m, v) y = MatMul(a, l) }"),
         (
             "PAD2_NONZERO",
-            '(float[2,4,3,3] x) => (float[2,4,?,?] y) { a = BatchNormalization(x, g, b, m, v) y = Conv<auto_pad="SAME_UPPER">(a, w) }',
+            '(float[2,4,3,3] x) => (float[N,4,H,W] y) { a = BatchNormalization(x, g, b, m, v) y = Conv<auto_pad="SAME_UPPER">(a, w) }',
         ),
     ],
 )

@@ -4,7 +4,8 @@ from pass_graphs import apply, assert_close, assert_same, codes, graph, operator
 from passes.fuse_gelu import FuseGelu
 
 FUSE = FuseGelu()
-CONSTANTS = """<float root = {1.4142135}, float inverse = {0.70710677}, float half = {0.5}, float one = {1}, float two = {2}, float three = {3},
+CONSTANTS = """<float root = {1.4142135}, float inverse = {0.70710677}, float half = {0.5}, float one = {1}, float two = {2},
+    float three = {3},
     float k = {0.7978846}, float c = {0.044715}, float ck = {0.03567741}, float[1] halves = {0.5}>"""
 EXACT = {
     "torch": "d = Div(a, root) e = Erf(d) p = Add(e, one) q = Mul(a, p) y = Mul(q, half)",
@@ -16,7 +17,8 @@ EXACT = {
 }
 TANH = {
     "pow": "u = Pow(a, three) v = Mul(u, c) w = Add(a, v) d = Mul(w, k) e = Tanh(d) p = Add(e, one) q = Mul(a, p) y = Mul(q, half)",
-    "cube": "s = Mul(a, a) u = Mul(s, a) v = Mul(c, u) w = Add(a, v) d = Mul(k, w) e = Tanh(d) p = Add(one, e) h = Mul(a, half) y = Mul(h, p)",
+    "cube": "s = Mul(a, a) u = Mul(s, a) v = Mul(c, u) w = Add(a, v) d = Mul(k, w) e = Tanh(d) p = Add(one, e)"
+    " h = Mul(a, half) y = Mul(h, p)",
     "factored": "s = Mul(a, a) v = Mul(s, ck) w = Add(v, k) d = Mul(a, w) e = Tanh(d) p = Add(e, one) q = Mul(half, p) y = Mul(a, q)",
 }
 

@@ -6,7 +6,8 @@ from passes.fold_constants import FoldConstants
 from passes.fuse_layernorm import FuseLayernorm
 
 FUSE = FuseLayernorm()
-CONSTANTS = """<float eps = {1e-5}, float two = {2}, float half = {0.5}, float minus = {-0.5}, float one = {1}, int64[1] last = {-1}, int64[1] three = {2},
+CONSTANTS = """<float eps = {1e-5}, float two = {2}, float half = {0.5}, float minus = {-0.5}, float one = {1},
+    int64[1] last = {-1}, int64[1] three = {2},
     int64[2] pair = {-2, -1}, int64[1] first = {1}, float[4] g = {1, 2, 3, 4}, float[4] b = {0.5, 0, 1, -1}, float[1,1,4] gg = {1, 2, 3, 4},
     float[3,4] gp = {1,2,3,4,5,6,7,8,9,10,11,12}>"""
 CENTRE = "m = ReduceMean(a, last) d = Sub(a, m)"
