@@ -57,9 +57,10 @@ def check_column(column: Column, value: ir.Value, profile: Profile | None, spec:
     at = f"'{name}' in '{spec}'"
     expected = value.dtype.numpy() if value.dtype is not None else column.dtype
     if column.dtype != expected:
+        found = column.dtype.name if column.dtype.isnative else column.dtype.str
         hint = ".astype(np.float32)" if expected == np.float32 else f".astype('{np.dtype(expected).name}')"
         raise UsageError(
-            f"the array '{name}' is {column.dtype.name}, and the input takes {np.dtype(expected).name}",
+            f"the array '{name}' is {found}, and the input takes {np.dtype(expected).name}",
             at=at,
             fix=f"save {name}{hint}, preprocessed as the model expects",
         )

@@ -55,6 +55,9 @@ def check_admissible(proto: onnx.ModelProto, path: Path) -> None:
         for node in nodes(owner):
             _check_operator(node, versions.get("", 0), local, path)
     _check_names(proto.graph, path)
+    for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
+        for value in values:
+            _check_interface(kind, value, path)
     for graph in graphs(proto.graph):
         if graph.sparse_initializer:
             name = graph.sparse_initializer[0].values.name
@@ -164,14 +167,11 @@ def _check_unique(kind: str, names: Iterable[str], path: Path) -> None:
 
 
 def check_types(model: ir.Model, path: Path) -> None:
-    """Refuse types that no TensorRT engine can take, on the interface of the model and inside it.
+    """Refuse text and complex numbers inside the model.
 
     Raises:
         UsageError: naming the value and its type.
     """
-    for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
-        for value in values:
-            _check_interface(kind, value, path)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for value in node.outputs:
             if value.dtype in _TEXT:
@@ -189,17 +189,19 @@ def check_types(model: ir.Model, path: Path) -> None:
             )
 
 
-def _check_interface(kind: str, value: ir.Value, path: Path) -> None:
+def _check_interface(kind: str, value: onnx.ValueInfoProto, path: Path) -> None:
     at = f"{kind} '{value.name}' of '{path}'"
-    if value.type is not None and not isinstance(value.type, ir.TensorType):
-        name = type(value.type).__name__.removesuffix("Type").lower()
+    form = value.type.WhichOneof("value")
+    if form not in {"tensor_type", None}:
+        name = form.removesuffix("_type").replace("_", " ")
         raise UsageError(
             f"the {kind} '{value.name}' is a {name}, not a tensor", at=at, fix="export the model with tensors as inputs and outputs"
         )
-    if value.dtype not in _INTERFACE:
+    dtype = ir.DataType(value.type.tensor_type.elem_type)
+    if dtype not in _INTERFACE and dtype != ir.DataType.UNDEFINED:
         usual = ", ".join(sorted(t.name for t in _INTERFACE))
         raise UsageError(
-            f"the {kind} '{value.name}' is of type {_type_name(value)}, which TensorRT cannot take", at=at, fix=f"cast it to one of {usual}"
+            f"the {kind} '{value.name}' is of type {dtype.name}, which TensorRT cannot take", at=at, fix=f"cast it to one of {usual}"
         )
 
 
