@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
+
+
 def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
     """Check every reference to external data without reading the data.
 
@@ -39,6 +42,10 @@ def _check(tensor: onnx.TensorProto, folder: Path, sizes: dict[str, int], path: 
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     at = f"the tensor '{tensor.name}' of '{path}' refers to '{location}'"
+    if unknown := set(entries) - _KEYS:
+        raise UsageError(
+            f"the external data has the unknown entry '{min(unknown)}'", at=at, fix="the file is damaged: copy or export it again"
+        )
     if location not in sizes:
         sizes[location] = _file_size(location, folder, at)
     numbers = [entries.get("offset", "0") or "0", entries.get("length", "0") or "0"]

@@ -12,6 +12,7 @@ from deploycc.core.contract import OWN_DOMAINS
 from deploycc.core.errors import UsageError
 from deploycc.interop.admission import check_admissible, check_types
 from deploycc.interop.conversion import from_proto
+from deploycc.interop.damage import check_whole
 from deploycc.interop.external import check_external_data
 from deploycc.interop.numbers import check_numbers
 from deploycc.interop.protos import parse_proto
@@ -44,6 +45,7 @@ def load_model(path: Path, *, opset: int = OPSET, timeout: float = TIMEOUT) -> A
     """
     path = Path(path)
     proto = read_proto(path)
+    check_whole(proto, path)
     check_admissible(proto, path)
     check_external_data(proto, path)
     held = detach(proto, path.parent.resolve())
