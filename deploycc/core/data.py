@@ -36,7 +36,7 @@ class Dataset:
         source: where the samples come from, as the user wrote it.
         samples: how many there are.
         synthetic: whether they were generated.
-        labels: class indices of shape [samples], or None.
+        labels: class indices of shape [samples], masks of shape [samples, ...], or None.
         digest: SHA-256 over names, types, shapes and numbers, whatever file they came in.
         limits: the smallest and the largest batch that the model takes.
         notes: what the user should know, e.g. samples that were left out.

@@ -140,17 +140,23 @@ def count_samples(columns: Mapping[str, Column], labels: np.ndarray | None, spec
 
 
 def read_labels(table: Mapping[str, Column], inputs: Sequence[ir.Value], spec: str) -> np.ndarray | None:
-    """Return the class indices as int64 of shape [samples], or None.
+    """Return class indices as int64 of shape [samples], boolean masks of shape [samples, ...], or None.
 
     Raises:
-        UsageError: when they are not integers of that shape, or negative.
+        UsageError: when they are neither, or an index is negative.
     """
     if LABELS not in table or any(value.name == LABELS for value in inputs):
         return None
     column = table[LABELS]
     at = f"'{LABELS}' in '{spec}'"
+    if column.dtype.kind == "b" and len(column.shape) > 1:
+        return np.concatenate([np.zeros((0, *column.shape[1:]), bool), *column.blocks()])
     if column.dtype.kind not in "iu":
-        raise UsageError(f"the labels are {column.dtype.name}, not integers", at=at, fix="give class indices: labels.astype(np.int64)")
+        raise UsageError(
+            f"the labels are {column.dtype.name}, not integers",
+            at=at,
+            fix="give class indices, labels.astype(np.int64), or masks of an output's shape, labels.astype(bool)",
+        )
     if len(column.shape) != 1:
         raise UsageError(
             f"the labels have shape {_shown(column.shape)}",
