@@ -14,7 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploycc.core.errors import UsageError
 from deploycc.interop import load_model
+from deploycc.interop.admission import check_admissible
+from deploycc.interop.damage import check_whole
+from deploycc.interop.external import check_external_data
 from deploycc.interop.numbers import count_non_finite
+from deploycc.interop.reading import read_proto
+from deploycc.interop.weights import detach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -364,3 +369,61 @@ class TestExternalData:
     )
     def test_wrong_range(self, tmp_path: Path, key: str, value: str, expected: str) -> None:
         assert expected in refusal(self.model(tmp_path, **{key: value}))
+
+
+def _mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Change, drop or insert a few bytes near the ends, where the structure of the file is."""
+    result = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        place = int(rng.integers(0, 300))
+        place = place if rng.random() < 0.5 else max(0, len(result) - 1 - place)
+        kind = rng.random()
+        if kind < 0.7:
+            result[place] = rng.integers(256)
+        elif kind < 0.85:
+            del result[place : place + int(rng.integers(1, 6))]
+        else:
+            result[place:place] = rng.bytes(2)
+    return bytes(result)
+
+
+def test_damaged_bytes_are_refused_or_read_but_never_crash(tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(11), tmp_path / "m.onnx"
+    proto = onnx.parser.parse_model(RELU.replace("Relu (x)", "MatMul (x, w)"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((4, 500), np.float32), "w"))
+    whole, refused = proto.SerializeToString(), list[UsageError]()
+    for _ in range(400):
+        path.write_bytes(_mutated(whole, rng))
+        try:
+            received = read_proto(path)
+            check_whole(received, path)
+            check_admissible(received, path)
+            check_external_data(received, path)
+            detach(received, tmp_path)
+        except UsageError as error:
+            refused.append(error)
+    assert 200 < len(refused) < 400
+    assert all(error.at and error.fix for error in refused)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: setattr(t, "raw_data", t.raw_data[:-4]), "needs 8000 bytes and has 7996"),
+        (lambda t: setattr(t, "data_type", 99), "unknown type 99"),
+        (lambda t: t.dims.__setitem__(0, -4), "has the shape [-4, 500]"),
+        (lambda t: (t.ClearField("raw_data"), t.float_data.extend([1.0] * 9)), "needs 2000 numbers and has 9"),
+        (lambda t: t.segment.SetInParent(), "stored in segments"),
+    ],
+)
+def test_broken_tensors(tmp_path: Path, change: Callable[[onnx.TensorProto], object], expected: str) -> None:
+    proto = onnx.parser.parse_model(RELU.replace("Relu (x)", "MatMul (x, w)"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((4, 500), np.float32), "w"))
+    change(proto.graph.initializer[0])
+    assert expected in refusal(proto_model(tmp_path, proto))
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(relu().SerializeToString().replace(b"Relu", b"\xff\xfelu"))
+    assert "is not text" in refusal(path)

@@ -101,7 +101,10 @@ def open_data(
     limits = batch_limits(inputs, ranges)
     if spec.partition(":")[0] == "synthetic":
         return _synthetic(spec, inputs, ranges, limits, seed)
-    table = _table(Path(spec), inputs, preprocessing)
+    return _recorded(spec, _table(Path(spec), inputs, preprocessing), inputs, ranges, limits)
+
+
+def _recorded(spec: str, table: Table, inputs: Sequence[ir.Value], ranges: Mapping[str, Profile], limits: tuple[int, int]) -> Dataset:
     columns = match_names(table, inputs, spec)
     for value in inputs:
         check_column(columns[value.name or ""], value, ranges.get(value.name or ""), spec)

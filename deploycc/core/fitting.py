@@ -55,15 +55,7 @@ def check_column(column: Column, value: ir.Value, profile: Profile | None, spec:
     """
     name = value.name or ""
     at = f"'{name}' in '{spec}'"
-    expected = value.dtype.numpy() if value.dtype is not None else column.dtype
-    if column.dtype != expected:
-        found = column.dtype.name if column.dtype.isnative else column.dtype.str
-        hint = ".astype(np.float32)" if expected == np.float32 else f".astype('{np.dtype(expected).name}')"
-        raise UsageError(
-            f"the array '{name}' is {found}, and the input takes {np.dtype(expected).name}",
-            at=at,
-            fix=f"save {name}{hint}, preprocessed as the model expects",
-        )
+    _check_type(column, value, at)
     if len(column.shape) == 0:
         raise UsageError(f"the array '{name}' is a single number", at=at, fix="give an array whose first dimension counts the samples")
     declared = list(value.shape) if value.shape is not None else None
@@ -73,19 +65,37 @@ def check_column(column: Column, value: ir.Value, profile: Profile | None, spec:
             at=at,
             fix="the first dimension counts the samples, the others are those of one sample",
         )
-    for axis, size in enumerate(column.shape):
+    for axis, size in enumerate(column.shape[1:], start=1):
         dim = declared[axis] if declared is not None else None
-        if axis == 0:
-            continue
         if isinstance(dim, int) and dim != size:
             raise UsageError(
                 f"dimension {axis} of '{name}' is {size}, and the input takes {dim}",
                 at=f"{at}: {_shown(column.shape)} against {_shown(declared or ())}",
                 fix="resize or transpose the samples (the usual layout is [N, C, H, W])",
             )
-        if profile is not None and len(profile.minimum) == len(column.shape) and not profile.minimum[axis] <= size <= profile.maximum[axis]:
+    if profile is not None and len(profile.minimum) == len(column.shape):
+        _check_range(column, profile, at)
+
+
+def _check_type(column: Column, value: ir.Value, at: str) -> None:
+    name = value.name or ""
+    expected = value.dtype.numpy() if value.dtype is not None else column.dtype
+    if column.dtype != expected:
+        found = column.dtype.name if column.dtype.isnative else column.dtype.str
+        hint = ".astype(np.float32)" if expected == np.float32 else f".astype('{np.dtype(expected).name}')"
+        raise UsageError(
+            f"the array '{name}' is {found}, and the input takes {np.dtype(expected).name}",
+            at=at,
+            fix=f"save {name}{hint}, preprocessed as the model expects",
+        )
+
+
+def _check_range(column: Column, profile: Profile, at: str) -> None:
+    for axis, size in enumerate(column.shape[1:], start=1):
+        low, high = profile.minimum[axis], profile.maximum[axis]
+        if not low <= size <= high:
             raise UsageError(
-                f"dimension {axis} of '{name}' is {size}, outside the profile's {profile.minimum[axis]} to {profile.maximum[axis]}",
+                f"dimension {axis} of '{profile.name}' is {size}, outside the profile's {low} to {high}",
                 at=at,
                 fix=f"widen --shape {profile}, or resize the samples",
             )

@@ -36,7 +36,7 @@ def decompose_group_normalization(model: onnx.ModelProto) -> None:
 def _over_groups(node: onnx.NodeProto, taken: Container[str]) -> list[onnx.NodeProto]:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     stem, x, y = node.output[0], node.input[0], node.output[0]
-    while f"{stem}_groups" in taken:
+    while any(f"{stem}_{suffix}" in taken for suffix in ("groups", "grouped", "normal", "shape")):
         stem += "_"
     target = numpy_helper.from_array(np.array([0, attributes["num_groups"], -1], np.int64))
     result = [

@@ -197,12 +197,12 @@ def _check_interface(kind: str, value: onnx.ValueInfoProto, path: Path) -> None:
         raise UsageError(
             f"the {kind} '{value.name}' is a {name}, not a tensor", at=at, fix="export the model with tensors as inputs and outputs"
         )
-    dtype = ir.DataType(value.type.tensor_type.elem_type)
-    if dtype not in _INTERFACE and dtype != ir.DataType.UNDEFINED:
-        usual = ", ".join(sorted(t.name for t in _INTERFACE))
-        raise UsageError(
-            f"the {kind} '{value.name}' is of type {dtype.name}, which TensorRT cannot take", at=at, fix=f"cast it to one of {usual}"
-        )
+    number = value.type.tensor_type.elem_type
+    if number in {*_INTERFACE, ir.DataType.UNDEFINED}:
+        return
+    dtype = ir.DataType(number).name if number in {int(d) for d in ir.DataType} else f"number {number}"
+    usual = ", ".join(sorted(t.name for t in _INTERFACE))
+    raise UsageError(f"the {kind} '{value.name}' is of type {dtype}, which TensorRT cannot take", at=at, fix=f"cast it to one of {usual}")
 
 
 def _type_name(value: ir.Value) -> str:

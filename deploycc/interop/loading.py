@@ -22,6 +22,7 @@ from deploycc.interop.weights import attach, detach
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
+from onnx_ir.serde import SerdeError
 
 OPSET = 20
 TIMEOUT = 120.0
@@ -85,7 +86,12 @@ def _normalized(skeleton: onnx.ModelProto, path: Path, *, opset: int, timeout: f
             ) from error
         if "refused" in answer:
             raise UsageError(**answer["refused"])
-        return from_proto(parse_proto(file.read_bytes()))
+        try:
+            return from_proto(parse_proto(file.read_bytes()))
+        except SerdeError as error:
+            raise UsageError(
+                f"the model cannot be represented: {_first_lines(str(error))}", at=f"'{path}'", fix="export the model again"
+            ) from error
 
 
 def _first_lines(text: str, limit: int = 400) -> str:
