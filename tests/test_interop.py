@@ -133,6 +133,17 @@ class TestLoading:
         assert [n.op_type for n in model.graph] == ["GroupNormalization", "Relu"]
         assert str(model.graph[0].outputs[0].shape) == "[N,4,6,6]"
 
+    @pytest.mark.parametrize("wrong", ["<float[7,7] h>", ""])
+    def test_declared_shapes_that_are_wrong_are_inferred(self, tmp_path: Path, wrong: str) -> None:
+        output = "float[2,4] y" if wrong else "float[3,4] y"
+        text = f'<ir_version: 10, opset_import: ["": 20]> g (float[2,4] x) => ({output}) {wrong} {{ h = Relu (x) y = Neg (h) }}'
+        model = load_model(written(tmp_path, text)).model
+        assert [str(v.shape) for n in model.graph for v in n.outputs] == ["[2,4]", "[2,4]"]
+
+    def test_an_input_may_be_an_output(self, tmp_path: Path) -> None:
+        text = '<ir_version: 8, opset_import: ["": 13]> g (float[N,4] x) => (float[N,4] y, float[N,4] x) { y = Relu (x) }'
+        assert [v.name for v in load_model(written(tmp_path, text)).model.graph.outputs] == ["y", "x"]
+
     def test_newer_opsets_stay(self, tmp_path: Path) -> None:
         assert load_model(written(tmp_path, dense_model(opset=23))).model.graph.opset_imports[""] == 23
 

@@ -113,7 +113,7 @@ def name_nodes(graph: onnx.GraphProto) -> None:
 
 
 def infer(model: onnx.ModelProto, path: str) -> onnx.ModelProto:
-    """Infer types and shapes, strictly; hints in the file that contradict the inference are dropped and inferred anew."""
+    """Infer types and shapes, strictly; declared shapes that contradict the inference are inferred anew, as onnxruntime does."""
     failure: Exception | None = None
     replaced = _stand_in(model)
     for hints, propagate in ((True, True), (False, True), (False, False)):
@@ -150,6 +150,8 @@ def _without_hints(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     for graph in graphs(result.graph):
         del graph.value_info[:]
+    for value in result.graph.output:
+        value.type.tensor_type.ClearField("shape")
     return result
 
 
