@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from math import log10
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import UsageError
 from deploycc.core.rules import RULES
 from deploycc.output import is_build
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def explain(directory: Path, node: str | None) -> str:
@@ -27,7 +29,11 @@ def explain(directory: Path, node: str | None) -> str:
     notes = _pass_notes(report, node)
     if not found and not notes:
         names = ", ".join(r["source"] or r["name"] for r in report["regions"][:8])
-        raise UsageError(f"no region or pass record mentions '{node}'", at=str(directory), fix=f"run `deploycc explain {directory}` for all regions; the first are {names}")
+        raise UsageError(
+            f"no region or pass record mentions '{node}'",
+            at=str(directory),
+            fix=f"run `deploycc explain {directory}` for all regions; the first are {names}",
+        )
     return "\n\n".join([*(_paragraph(r) for r in found), *notes])
 
 
@@ -49,7 +55,7 @@ def _paragraph(region: dict[str, Any]) -> str:
 
 
 def _pass_notes(report: dict[str, Any], node: str) -> list[str]:
-    notes = []
+    notes: list[str] = []
     for record in report["passes"]:
         notes.extend(f"{record['spec']}: {r['what']} ({r['proof']})" for r in record["rewrites"] if r["anchor"] == node)
         notes.extend(f"{record['spec']} declined {d['code']}: {d['reason']}" for d in record["declines"] if d["anchor"] == node)

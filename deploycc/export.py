@@ -8,12 +8,14 @@ import importlib.util
 import inspect
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import UsageError
 from deploycc.core.shapes import parse_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 DEFAULT_SIZE = (3, 224, 224)
 
@@ -47,12 +49,18 @@ def export(source: str, out: Path, *, weights: Path | None = None, shapes: Seque
 def _module(source: str) -> Any:
     kind, _, name = source.rpartition(":")
     if not kind or not name:
-        raise UsageError(f"cannot read the source '{source}'", at="SOURCE", fix="write timm:NAME, package.module:function or file.py:function")
+        raise UsageError(
+            f"cannot read the source '{source}'", at="SOURCE", fix="write timm:NAME, package.module:function or file.py:function"
+        )
     from torch import nn
 
     made = _timm(name) if kind == "timm" else _function(kind, name, source)()
     if not isinstance(made, nn.Module):
-        raise UsageError(f"'{source}' gave a {type(made).__name__}, not an nn.Module", at="SOURCE", fix="name a function without arguments that returns the module")
+        raise UsageError(
+            f"'{source}' gave a {type(made).__name__}, not an nn.Module",
+            at="SOURCE",
+            fix="name a function without arguments that returns the module",
+        )
     return made
 
 
@@ -60,11 +68,15 @@ def _function(place: str, name: str, source: str) -> Callable[[], Any]:
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (ImportError, OSError, SyntaxError) as error:
-        raise UsageError(f"'{place}' cannot be imported: {error}", at=f"SOURCE {source}", fix="check the path and that its imports are installed") from error
+        raise UsageError(
+            f"'{place}' cannot be imported: {error}", at=f"SOURCE {source}", fix="check the path and that its imports are installed"
+        ) from error
     found = getattr(module, name, None)
     if not callable(found):
         names = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
-        raise UsageError(f"'{place}' has no function '{name}'", at=f"SOURCE {source}", fix=f"its functions are {', '.join(names) or 'none'}")
+        raise UsageError(
+            f"'{place}' has no function '{name}'", at=f"SOURCE {source}", fix=f"its functions are {', '.join(names) or 'none'}"
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -72,7 +84,8 @@ def _from_file(path: Path) -> Any:
     if not path.exists():
         raise UsageError(f"{path} does not exist", at="SOURCE", fix="check the path")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -98,7 +111,8 @@ def _declare_torchvision_operators() -> None:
     if importlib.util.find_spec("torchvision") is None or hasattr(torch.ops.torchvision, "nms"):
         return
     global _DECLARED
-    _DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+    library: Any = torch.library.Library
+    _DECLARED = library("torchvision", "FRAGMENT")
     _DECLARED.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _DECLARED.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
@@ -108,7 +122,11 @@ _DECLARED: Any = None
 
 def _load_weights(module: Any, path: Path) -> None:
     if path.suffix != ".safetensors":
-        raise UsageError(f"{path.name} is not a safetensors file", at="--weights", fix="convert it with safetensors.torch.save_file; pickled checkpoints run code when loaded")
+        raise UsageError(
+            f"{path.name} is not a safetensors file",
+            at="--weights",
+            fix="convert it with safetensors.torch.save_file; pickled checkpoints run code when loaded",
+        )
     if not path.exists():
         raise UsageError(f"{path} does not exist", at="--weights", fix="check the path")
     from safetensors.torch import load_file
@@ -136,14 +154,16 @@ def _export(module: Any, inputs: Sequence[tuple[str, list[tuple[int, ...]]]], ou
 
     arguments, dynamic = [], []
     for name, (low, usual, high) in inputs:
-        axes = {i: torch.export.Dim(f"{name}_{i}" if i else "batch", min=low[i], max=high[i]) for i in range(len(usual)) if low[i] != high[i]}
+        axes = {
+            i: torch.export.Dim(f"{name}_{i}" if i else "batch", min=low[i], max=high[i]) for i in range(len(usual)) if low[i] != high[i]
+        }
         # An example of one would be specialised to a constant.
         arguments.append(torch.zeros([max(2, d) if i in axes else d for i, d in enumerate(usual)]))
         dynamic.append(axes)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".export-") as folder:
         warnings.simplefilter("ignore")
         try:
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 module,
                 tuple(arguments),
                 dynamo=True,
@@ -155,12 +175,15 @@ def _export(module: Any, inputs: Sequence[tuple[str, list[tuple[int, ...]]]], ou
             )
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"torch.export refused the model: {first.strip()}", at=f"SOURCE {source}", fix="check --shape against what forward() accepts; data-dependent control flow cannot be exported") from error
-        assert program is not None
+            raise UsageError(
+                f"torch.export refused the model: {first.strip()}",
+                at=f"SOURCE {source}",
+                fix="check --shape against what forward() accepts; data-dependent control flow cannot be exported",
+            ) from error
         program.save(Path(folder, out.name), external_data=_large(module))
         for part in Path(folder).iterdir():
             part.replace(out.resolve().parent / part.name)
 
 
 def _large(module: Any) -> bool:
-    return sum(p.numel() * p.element_size() for p in module.parameters()) > 1_000_000_000
+    return bool(sum(p.numel() * p.element_size() for p in module.parameters()) > 1_000_000_000)

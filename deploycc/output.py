@@ -8,14 +8,16 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 MANIFEST_SCHEMA = "deploycc.manifest/1"
 PACKAGES = ("deploycc", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "polygraphy", "scipy", "tensorrt", "tensorrt-rtx", "torch")
@@ -38,7 +40,9 @@ class BuildDirectory:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file", at="--out", fix="name a directory that does not exist yet")
         if path.is_dir() and any(path.iterdir()) and not is_build(path):
-            raise UsageError(f"{path} is not empty and not a build directory", at="--out", fix="choose another directory; deploycc replaces only its own")
+            raise UsageError(
+                f"{path} is not empty and not a build directory", at="--out", fix="choose another directory; deploycc replaces only its own"
+            )
         existing = next(p for p in (parent, *parent.parents) if p.exists())
         if not os.access(existing, os.W_OK) or not existing.is_dir():
             raise UsageError(f"{existing} is not writable", at="--out", fix="choose a directory you may write to")

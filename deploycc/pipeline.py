@@ -6,10 +6,8 @@ Every stage is a function from data to data; only ``_guarded`` loops, and at mos
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploycc import registry
 from deploycc.core.artefact import Artefact, Stage
@@ -18,8 +16,6 @@ from deploycc.core.contract import CANONICAL, LOWERED, QUANTIZED
 from deploycc.core.errors import BackendError, BudgetError, ContractError
 from deploycc.core.formats import FP16
 from deploycc.core.passes import run
-from deploycc.core.plan import PrecisionPlan
-from deploycc.core.report import BuildReport
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, write_manifest
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
@@ -27,6 +23,13 @@ from deploycc.quant.islands import islands_of
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
 from deploycc.verify import accuracy, audit, numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from deploycc.core.plan import PrecisionPlan
+    from deploycc.core.report import BuildReport
 
 GUARD_ROUNDS = 4
 VERIFY_SAMPLES = 128
@@ -165,9 +168,7 @@ def _build_engines(job: Job, folder: Path) -> list[Engine]:
     """Build one engine per target; a failure is recorded and does not lose the others."""
     engines: list[Engine] = []
     (folder / "engines").mkdir()
-    options = BuildOptions(workspace=job.request.workspace)
-    if job.request.timeout is not None:
-        options = BuildOptions(job.request.timeout, job.request.workspace)
+    options = BuildOptions(job.request.timeout, job.request.workspace)
     for target in job.targets:
         suffix = ".onnx" if target.backend == "onnxruntime" else ".engine"
         with job.stage(f"build {target}"):
@@ -211,7 +212,11 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
     report.peak_rss_mb = round(max(usage) / 1024, 1)
     (folder / "plan.json").write_text(plan.to_json())
     (folder / "scores.json").write_text(analysis.scores_json())
-    inputs = {"model": report.model["sha256"], "calibration": job.calibration.digest, "evaluation": job.evaluation.digest if job.evaluation else None}
+    inputs = {
+        "model": report.model["sha256"],
+        "calibration": job.calibration.digest,
+        "evaluation": job.evaluation.digest if job.evaluation else None,
+    }
     write_manifest(folder, inputs=inputs, options={**report.request, "profiles": report.model["profiles"]})
     write_reports(folder, report)
 
@@ -237,4 +242,6 @@ def _raise_failures(job: Job, directory: BuildDirectory, misses: Sequence[str]) 
         raise BackendError(f"{first['target']}: {first['what']} ({kept})", at=first["at"], fix=first["fix"])
     if misses:
         report = directory.path / "report.md"
-        raise BudgetError("; ".join(misses), at=f"--budget {job.budget}", fix=f"relax the bound, or read {report} for the regions that cost most")
+        raise BudgetError(
+            "; ".join(misses), at=f"--budget {job.budget}", fix=f"relax the bound, or read {report} for the regions that cost most"
+        )

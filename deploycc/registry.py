@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import ContractError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PASSES, BACKENDS = "deploycc.passes", "deploycc.backends"
 

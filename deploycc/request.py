@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deploycc import registry
-from deploycc.core.artefact import Artefact
 from deploycc.core.budget import Budget, parse_budget
 from deploycc.core.data import Dataset, open_data
 from deploycc.core.errors import UsageError
@@ -21,6 +17,13 @@ from deploycc.core.report import BuildReport
 from deploycc.core.shapes import Profile, profiles_for
 from deploycc.core.target import Target, parse_target
 from deploycc.interop import load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import onnx_ir as ir
+
+    from deploycc.core.artefact import Artefact
 
 SYNTHETIC_SAMPLES = 32
 CALIBRATION_SAMPLES = 512

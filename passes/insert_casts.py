@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from deploycc.core.graph import FLOAT_TYPES, add_initializer, constant
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
-from deploycc.core.plan import PrecisionPlan
+
+if TYPE_CHECKING:
+    from deploycc.core.plan import PrecisionPlan
 
 # Ops that TensorRT computes well in 16 bits. Everything else (Pow, Exp, Log, sums of squares, comparisons) stays in FP32.
-SIXTEEN_BIT_OPS = frozenset(
-    """Add AveragePool BatchNormalization Cast Clip Concat Conv ConvTranspose DepthToSpace DequantizeLinear Div Dropout Elu Erf Expand
-    Flatten Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization HardSigmoid HardSwish Identity
-    InstanceNormalization LayerNormalization LeakyRelu MatMul Max MaxPool Min Mish Mul Neg PRelu Pad QuantizeLinear ReduceMax
-    ReduceMean ReduceMin Relu Reshape Resize Sigmoid Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub Tanh Tile Transpose
-    Unsqueeze Where""".split()
-)
+# fmt: off
+SIXTEEN_BIT_OPS = frozenset({
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "ConvTranspose", "DepthToSpace", "DequantizeLinear",
+    "Div", "Dropout", "Elu", "Erf", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool",
+    "GlobalMaxPool", "GridSample", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization",
+    "LayerNormalization", "LeakyRelu", "MatMul", "Max", "MaxPool", "Min", "Mish", "Mul", "Neg", "PRelu", "Pad", "QuantizeLinear",
+    "ReduceMax", "ReduceMean", "ReduceMin", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Softmax", "Softplus", "SpaceToDepth",
+    "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where",
+})
+# fmt: on
 # Operands that the standard types as float32 whatever the type of the data.
 _FLOAT32_OPERANDS = {"Resize": {1, 2}}
 _MASK_READERS = frozenset({"Add", "Where", "Max", "Min", "Clip", "Pad"})
@@ -80,7 +85,9 @@ class _Caster:
             if value.dtype in {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} and value.dtype != wanted:
                 value.type, changed = ir.TensorType(wanted), True
         if changed and wanted == self.low:
-            self.rewrites.append(Rewrite(node.name or "", f"computes in {self.plan.base.name}", f"one rounding to {self.plan.base.name} per value"))
+            self.rewrites.append(
+                Rewrite(node.name or "", f"computes in {self.plan.base.name}", f"one rounding to {self.plan.base.name} per value")
+            )
 
     def _goes_low(self, node: ir.Node) -> bool:
         if node.op_type not in SIXTEEN_BIT_OPS or node.domain not in ("", "ai.onnx") or (node.name or "") in self.plan.islands:
@@ -92,7 +99,9 @@ class _Caster:
         for value in node.inputs:
             array = constant(value) if value is not None and value.dtype == ir.DataType.FLOAT else None
             if array is not None and array.size and float(np.abs(array).max()) > 65504.0:
-                self.declines.append(Decline(node.name or "", "RANGE", f"'{value.name if value else ''}' exceeds 65504, the largest FP16 number"))
+                self.declines.append(
+                    Decline(node.name or "", "RANGE", f"'{value.name if value else ''}' exceeds 65504, the largest FP16 number")
+                )
                 return False
         return True
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.formats import Format
-from deploycc.core.graph import add_initializer, constant
+from deploycc.core.graph import add_initializer, constant, fresh_name, is_constant, taken_names
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
 from deploycc.core.placement import weight_axis
-from deploycc.core.plan import Assignment, PrecisionPlan
 from deploycc.core.quantizers import quantize_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from deploycc.core.formats import Format
+    from deploycc.core.plan import Assignment, PrecisionPlan, Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class InsertQdq:
 
     Why: precision lives in the graph and nowhere else; TensorRT turns DQ-op patterns into low-precision kernels.
     Before: ``y = Conv(x, w)``. After: ``y = Conv(DQ(Q(x)), DQ(w_int8))``; the pair on ``x`` is shared by all readers of that format (P9).
-    Declines when: a scale is missing (NO_SCALE), or an anchor named by the plan is not in the graph (NO_NODE).
+    Declines a whole region when: a scale is missing (NO_SCALE), or an anchor named by the plan is not in the graph (NO_NODE).
     Options: plan, the PrecisionPlan to obey.
     See: rules P1, P4, P9, R5, R13 in ``deploycc.core.rules``.
     """
@@ -46,78 +50,79 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph, plan: PrecisionPlan) -> None:
         self.graph, self.plan = graph, plan
-        self.nodes = {n.name: n for n in graph}
+        self.nodes = {n.name or "": n for n in graph}
+        self.node_names, self.value_names = set(self.nodes), taken_names(graph)
         self.pairs: dict[tuple[str, str], ir.Value] = {}
         self.weights: dict[tuple[str, str, int], ir.Value] = {}
         self.rewrites: list[Rewrite] = []
         self.declines: list[Decline] = []
 
     def quantize(self, assignment: Assignment) -> None:
-        """Quantize every operand of every anchor, then the residuals."""
+        """Quantize every operand of every anchor and the residuals, or nothing of the region."""
         region, format = assignment.region, assignment.format
-        for name in region.anchors:
-            anchor = self.nodes.get(name)
-            if anchor is None:
-                self.declines.append(Decline(name, "NO_NODE", f"the plan names '{name}', which the graph does not have"))
-                continue
-            for i in (0, 1):
-                self._operand(anchor, i, format)
-            self.rewrites.append(Rewrite(name, f"{format.name} operands", f"|error| <= scale/2 per operand in range ({format.name})"))
-        for name in region.residuals:
-            self._residual(region.nodes, name, format)
-
-    def _operand(self, anchor: ir.Node, i: int, format: Format) -> None:
-        value = anchor.inputs[i]
-        if value is None:
+        operands = list(self._operands(region))
+        declines = [
+            Decline(n, "NO_NODE", f"the plan names '{n}', which the graph does not have") for n in region.anchors if n not in self.nodes
+        ]
+        for node, i in operands:
+            value = node.inputs[i]
+            if value is not None and not is_constant(value) and not _is_dequantized(value) and self._scale(value, format) is None:
+                declines.append(Decline(value.name or "", "NO_SCALE", f"the plan has no {format.name} scale for '{value.name}'"))
+        if declines:
+            self.declines.extend(declines)
             return
+        changed = [node.name or "" for node, i in operands if self._quantize_operand(node, i, format)]
+        proof = f"|error| <= scale/2 per operand in range ({format.name})"
+        self.rewrites.extend(Rewrite(name, f"{format.name} operands", proof) for name in dict.fromkeys(changed))
+
+    def _operands(self, region: Region) -> Iterator[tuple[ir.Node, int]]:
+        """Yield what the region quantizes: both operands of its anchors (P1), and of a residual Add the skip (P4)."""
+        anchors = [self.nodes[name] for name in region.anchors if name in self.nodes]
+        yield from ((anchor, i) for anchor in anchors for i in (0, 1))
+        for node in (self.nodes[name] for name in region.nodes if name in self.nodes):
+            if node.op_type == "Add":
+                yield from ((node, i) for i, v in enumerate(node.inputs) if v is not None and v.name in region.residuals)
+
+    def _scale(self, value: ir.Value, format: Format) -> float | None:
+        return self.plan.scales.get(value.name or "", {}).get(format.name)
+
+    def _quantize_operand(self, node: ir.Node, i: int, format: Format) -> bool:
+        """Let operand ``i`` of ``node`` come from a DequantizeLinear; return whether it did not already."""
+        value = node.inputs[i]
+        if value is None or _is_dequantized(value):
+            return False
         weight = constant(value)
-        replacement = self._weight(anchor, value, weight, format) if weight is not None else self._activation(value, format)
-        if replacement is not None:
-            anchor.replace_input_with(i, replacement)
+        node.replace_input_with(i, self._activation(value, format) if weight is None else self._weight(node, value, weight, format))
+        return True
 
-    def _residual(self, members: tuple[str, ...], name: str, format: Format) -> None:
-        for node in (self.nodes.get(member) for member in members):
-            if node is None or node.op_type != "Add":
-                continue
-            for i, value in enumerate(node.inputs):
-                if value is not None and value.name == name and (pair := self._activation(value, format)) is not None:
-                    node.replace_input_with(i, pair)
-
-    def _activation(self, value: ir.Value, format: Format) -> ir.Value | None:
+    def _activation(self, value: ir.Value, format: Format) -> ir.Value:
         """Return the dequantized copy of ``value``, inserting the pair once."""
-        name = value.name or ""
-        if (name, format.name) in self.pairs:
-            return self.pairs[name, format.name]
-        producer = value.producer()
-        if producer is not None and producer.op_type == "DequantizeLinear":
-            return value
-        scale = self.plan.scales.get(name, {}).get(format.name)
-        if scale is None:
-            self.declines.append(Decline(name, "NO_SCALE", f"the plan has no {format.name} scale for '{name}'"))
-            return None
-        scale_value = add_initializer(self.graph, f"{name}_{format.name}_scale", np.array(scale, np.float32))
-        zero = self._zero(f"{name}_{format.name}_zero_point", format)
-        quantize = self._node("QuantizeLinear", [value, scale_value, zero], f"{name}_{format.name}", value)
-        quantize.outputs[0].type = ir.TensorType(getattr(ir.DataType, format.onnx_type))
-        dequantize = self._node("DequantizeLinear", [quantize.outputs[0], scale_value, zero], f"{name}_{format.name}", value)
-        if producer is None:
-            self.graph.insert_before(self.graph[0], [quantize, dequantize])
-        else:
-            self.graph.insert_after(producer, [quantize, dequantize])
-        self.pairs[name, format.name] = dequantize.outputs[0]
-        return dequantize.outputs[0]
+        stem = f"{value.name}_{format.name}"
+        key = (value.name or "", format.name)
+        if key not in self.pairs:
+            scale = add_initializer(self.graph, f"{stem}_scale", np.array(self._scale(value, format), np.float32))
+            zero = self._zero(f"{stem}_zero_point", format)
+            quantize = self._node("QuantizeLinear", [value, scale, zero], stem, value)
+            quantize.outputs[0].type = ir.TensorType(getattr(ir.DataType, format.onnx_type))
+            dequantize = self._node("DequantizeLinear", [quantize.outputs[0], scale, zero], stem, value)
+            producer = value.producer()
+            if producer is None:
+                self.graph.insert_before(self.graph[0], [quantize, dequantize])
+            else:
+                self.graph.insert_after(producer, [quantize, dequantize])
+            self.pairs[key] = dequantize.outputs[0]
+        return self.pairs[key]
 
     def _weight(self, anchor: ir.Node, value: ir.Value, weight: np.ndarray, format: Format) -> ir.Value:
         """Return the dequantized weight; the codes replace the floats in the file (R13)."""
-        axis, name = weight_axis(anchor), value.name or ""
-        key = (name, format.name, axis)
+        axis, stem = weight_axis(anchor), f"{value.name}_{format.name}"
+        key = (value.name or "", format.name, axis)
         if key not in self.weights:
             codes, scale = quantize_weight(weight, axis=axis, format=format, base=self.plan.base)
-            data_type = getattr(ir.DataType, format.onnx_type)
-            stored = add_initializer(self.graph, f"{name}_{format.name}", codes, data_type)
-            scales = add_initializer(self.graph, f"{name}_{format.name}_scale", scale)
-            zero = self._zero(f"{name}_{format.name}_zero_point", format, scale.shape)
-            node = self._node("DequantizeLinear", [stored, scales, zero], f"{name}_{format.name}", value, {"axis": axis})
+            stored = add_initializer(self.graph, stem, codes, getattr(ir.DataType, format.onnx_type))
+            scales = add_initializer(self.graph, f"{stem}_scale", scale)
+            zero = self._zero(f"{stem}_zero_point", format, scale.shape)
+            node = self._node("DequantizeLinear", [stored, scales, zero], stem, value, {"axis": axis})
             self.graph.insert_before(self.graph[0], node)
             self.weights[key] = node.outputs[0]
         return self.weights[key]
@@ -127,7 +132,12 @@ class _Writer:
         return add_initializer(self.graph, name, np.zeros(shape, dtype), getattr(ir.DataType, format.onnx_type))
 
     def _node(self, op: str, inputs: list[ir.Value], stem: str, like: ir.Value, attributes: dict[str, int] | None = None) -> ir.Node:
-        node = ir.node(op, inputs, attributes or {}, name=f"{stem}_{op}")
-        node.outputs[0].name = f"{stem}_{'q' if op == 'QuantizeLinear' else 'dq'}"
+        node = ir.node(op, inputs, attributes or {}, name=fresh_name(f"{stem}_{op}", self.node_names))
+        node.outputs[0].name = fresh_name(f"{stem}_{'q' if op == 'QuantizeLinear' else 'dq'}", self.value_names)
         node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
         return node
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"

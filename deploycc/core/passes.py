@@ -8,15 +8,17 @@ that a failing pass changes nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, runtime_checkable
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from deploycc.core.contract import Contract, violations
 from deploycc.core.errors import ContractError, DeployccError
 from deploycc.core.graph import remove_unused_initializers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
 
 Phase = Literal["canonicalize", "quantize", "lower"]
 
@@ -112,4 +114,6 @@ def check(model: ir.Model, contract: Contract, *, at: str) -> None:
     found = list(violations(model, contract))
     if found:
         shown = "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        raise ContractError(f"the {contract.name} contract is broken: {shown}", at=at, fix="this is a defect of deploycc; report it with the model")
+        raise ContractError(
+            f"the {contract.name} contract is broken: {shown}", at=at, fix="this is a defect of deploycc; report it with the model"
+        )

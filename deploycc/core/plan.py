@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import UsageError
 from deploycc.core.formats import FORMATS, Format
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SCHEMA = "deploycc.plan/1"
 
@@ -115,7 +117,9 @@ class PrecisionPlan:
                 model=body.get("model", ""),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"the plan cannot be read: {type(error).__name__}: {error}", at=at, fix="start from the plan.json of a build directory") from error
+            raise UsageError(
+                f"the plan cannot be read: {type(error).__name__}: {error}", at=at, fix="start from the plan.json of a build directory"
+            ) from error
 
 
 def _assignment_json(assignment: Assignment) -> dict[str, Any]:
@@ -132,8 +136,8 @@ def _assignment_json(assignment: Assignment) -> dict[str, Any]:
 
 
 def _assignment(entry: dict[str, Any], at: str) -> Assignment:
-    fields = Region.__dataclass_fields__
-    region = Region(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in fields})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in Region.__dataclass_fields__}
+    region = Region(**values)
     return Assignment(region, _format(entry["format"], at), entry["reason"], tuple(entry["decided_by"]), entry["noise"])
 
 

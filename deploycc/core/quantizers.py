@@ -13,15 +13,25 @@ _CODE_TYPES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3f
 
 
 def round_scale(scale: np.ndarray | float, base: Format) -> np.ndarray:
-    """Return ``scale`` as float32 values that ``base`` represents exactly, none below its floor (rules R2 and R7)."""
-    floored = np.maximum(np.asarray(scale, np.float32), SCALE_FLOOR[base.name])
-    return floored.astype(_SCALE_TYPES[base.name]).astype(np.float32)
+    """Return ``scale`` as float32 values that ``base`` represents exactly, finite and none below its floor (rules R2 and R7)."""
+    bounded = np.clip(np.asarray(scale, np.float32), SCALE_FLOOR[base.name], largest(base))
+    return np.asarray(bounded.astype(_SCALE_TYPES[base.name]), np.float32)
+
+
+def largest_code(format: Format) -> float:
+    """Return the largest value that ``QuantizeLinear`` produces in ``format``.
+
+    Raises:
+        TypeError: for a format that is not quantized.
+    """
+    if format.max_value is None:
+        raise TypeError(f"{format} is not a quantized format")
+    return format.max_value
 
 
 def activation_scale(limit: float, format: Format, base: Format) -> float:
     """Return the per-tensor scale that maps ``limit`` to the largest code: ``limit / max_value``."""
-    assert format.max_value is not None
-    return float(round_scale(limit / format.max_value, base))
+    return float(round_scale(limit / largest_code(format), base))
 
 
 def quantize_weight(weight: np.ndarray, *, axis: int, format: Format, base: Format) -> tuple[np.ndarray, np.ndarray]:
@@ -30,10 +40,9 @@ def quantize_weight(weight: np.ndarray, *, axis: int, format: Format, base: Form
     Returns:
         The codes in the storage type of ``format`` and the float32 scales of shape ``[weight.shape[axis]]``.
     """
-    assert format.max_value is not None
     others = tuple(i for i in range(weight.ndim) if i != axis)
     limit = np.abs(weight).max(axis=others)
-    scale = round_scale(limit / format.max_value, base)
+    scale = round_scale(limit / largest_code(format), base)
     shape = [1] * weight.ndim
     shape[axis] = -1
     return encode(weight, scale.reshape(shape), format), scale
@@ -41,11 +50,11 @@ def quantize_weight(weight: np.ndarray, *, axis: int, format: Format, base: Form
 
 def encode(values: np.ndarray, scale: np.ndarray, format: Format) -> np.ndarray:
     """Return the codes of ``values``: round half to even, saturate."""
-    assert format.max_value is not None
     scaled = values.astype(np.float32) / scale
     if format == INT8:
-        return np.clip(np.rint(scaled), -128, 127).astype(np.int8)
-    return np.clip(scaled, -format.max_value, format.max_value).astype(_CODE_TYPES[format.name])
+        return np.asarray(np.clip(np.rint(scaled), -128, 127), np.int8)
+    top = largest_code(format)
+    return np.asarray(np.clip(scaled, -top, top), _CODE_TYPES[format.name])
 
 
 def decode(codes: np.ndarray, scale: np.ndarray, *, axis: int | None = None) -> np.ndarray:
@@ -60,5 +69,3 @@ def decode(codes: np.ndarray, scale: np.ndarray, *, axis: int | None = None) -> 
 def largest(format: Format) -> float:
     """Return the largest finite value of a floating-point format."""
     return {"fp16": 65504.0, "bf16": 3.3895e38, "fp32": 3.4028e38}[format.name]
-
-

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-from deploycc.core.budget import Budget
 from deploycc.core.errors import BudgetError
 from deploycc.core.formats import FORMATS, Format
 from deploycc.core.plan import Assignment, Region
+
+if TYPE_CHECKING:
+    from deploycc.core.budget import Budget
 
 DEFAULT_BITS = 10.0
 DEFAULT_LATENCY_SLACK = 1.15
@@ -42,7 +45,11 @@ def uniform(regions: Sequence[Region], format: Format, base: Format, noise: Cost
             reason = f"--precision {format.name}" if format.is_quantized else f"the base format {base.name}"
             chosen.append(Assignment(region, format, reason, ("X3",), noise.get(region.name, {})))
         else:
-            chosen.append(Assignment(region, base, f"{format.name} is excluded here by {', '.join(region.rules)}", region.rules, noise.get(region.name, {})))
+            chosen.append(
+                Assignment(
+                    region, base, f"{format.name} is excluded here by {', '.join(region.rules)}", region.rules, noise.get(region.name, {})
+                )
+            )
     return tuple(chosen)
 
 
@@ -76,7 +83,9 @@ def allocate(
     bounds = _bounds(choices, regions, base, latency, budget, noise_bound)
     picked = _solve(choices, len(regions), bounds, minimise="latency" if noise_bound is not None else "noise")
     if picked is None:
-        raise BudgetError(_infeasible(choices, bounds), at=f"--budget {budget}", fix="relax that bound, or allow more formats by another --target")
+        raise BudgetError(
+            _infeasible(choices, bounds), at=f"--budget {budget}", fix="relax that bound, or allow more formats by another --target"
+        )
     return tuple(_explained(choices, choice, regions, noise, base, limited=noise_bound is not None) for choice in picked)
 
 
@@ -158,7 +167,8 @@ def _explained(
         why = f"kept in {base.name}: quantizing would add {_db(worst)} of noise, more than it saves is worth under the budget"
     else:
         gain = base_choice.latency - choice.latency
-        why = f"{choice.format.name}: saves an estimated {gain:.2f} us and {int(base_choice.bits - choice.bits) // 8} bytes for {_db(choice.noise)} of noise"
+        size = int(base_choice.bits - choice.bits) // 8
+        why = f"{choice.format.name}: saves an estimated {gain:.2f} us and {size} bytes for {_db(choice.noise)} of noise"
     return Assignment(region, choice.format, why + (" (least time within the error bound)" if limited else ""), ("X3",), figures)
 
 

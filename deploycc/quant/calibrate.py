@@ -10,15 +10,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.backend import Reference
-from deploycc.core.data import Dataset
 from deploycc.core.errors import UsageError
 from deploycc.core.graph import FLOAT_TYPES
 from deploycc.quant.observers import Observer
+
+if TYPE_CHECKING:
+    from deploycc.core.backend import Reference
+    from deploycc.core.data import Dataset
 
 SAMPLE_PER_ROW = 512
 Progress = Callable[[int, int], None]
@@ -93,7 +96,8 @@ def _with_probes(model: ir.Model, ranges: Sequence[str], extremes: Sequence[str]
     probes: dict[str, tuple[str, str]] = {}
     for name in dict.fromkeys((*ranges, *extremes)):
         value = values[name]
-        assert value.dtype in FLOAT_TYPES, f"'{name}' is not a float value"
+        if value.dtype not in FLOAT_TYPES:
+            raise TypeError(f"'{name}' is {value.dtype}, and only floating-point values have ranges")
         for op in ("ReduceMin", "ReduceMax"):
             _probe(graph, probes, ir.node(op, [value], {"keepdims": 0}), name, op)
         if name in ranges:

@@ -6,12 +6,16 @@ assumed reachable. It ranks formats; it does not predict milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deploycc.core.formats import FORMATS, Format
-from deploycc.core.plan import Region
-from deploycc.core.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deploycc.core.plan import Region
+    from deploycc.core.target import Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
-from deploycc.core.backend import Reference
-from deploycc.core.budget import Budget
-from deploycc.core.data import Dataset
 from deploycc.core.formats import FORMATS, FP8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan, Region
 from deploycc.core.quantizers import activation_scale
-from deploycc.core.target import Target
 from deploycc.quant.allocate import allocate, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.cost import estimate_all, machine_of
@@ -23,6 +17,14 @@ from deploycc.quant.islands import decision_islands
 from deploycc.quant.observers import clip_limit
 from deploycc.quant.regions import partition
 from deploycc.quant.sensitivity import Scores, measure_noise
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from deploycc.core.backend import Reference
+    from deploycc.core.budget import Budget
+    from deploycc.core.data import Dataset
+    from deploycc.core.target import Target
 
 Progress = Callable[[int, int], None]
 Stage = Callable[[str], Any]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from deploycc.core.graph import attribute
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
 
 Verdict = tuple[tuple[str, ...], tuple[str, ...]]
 

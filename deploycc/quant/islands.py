@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from deploycc.core.backend import Reference
-from deploycc.core.data import Dataset
 from deploycc.core.graph import FLOAT_TYPES
-from deploycc.core.plan import Region
 from deploycc.quant.calibrate import calibrate
 
-DECIDING_OPS = frozenset({"ArgMax", "ArgMin", "TopK", "NonMaxSuppression", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "NonZero", "Floor", "Ceil", "Round"})
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deploycc.core.backend import Reference
+    from deploycc.core.data import Dataset
+    from deploycc.core.plan import Region
+
+# fmt: off
+DECIDING_OPS = frozenset({
+    "ArgMax", "ArgMin", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero",
+    "Round", "TopK",
+})
+# fmt: on
 HALF_LIMIT = 65504.0 / 4
 
 

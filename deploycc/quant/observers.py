@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deploycc.core.formats import FP8, INT8, Format
+from deploycc.core.quantizers import largest_code
 
 BINS = 4096
 
@@ -72,12 +73,11 @@ def clip_limit(observer: Observer, format: Format, *, candidates: int = 80) -> f
     limit = observer.limit
     if format == FP8 or limit == 0.0 or not observer.histogram.counts.any():
         return limit
-    assert format == INT8
     centers, counts = observer.histogram.centers, observer.histogram.counts
     used = counts > 0
     centers, counts = centers[used], counts[used]
     trials = limit * np.linspace(1.0, 0.2, candidates)
-    steps = (trials / 127.0)[:, None]
-    codes = np.minimum(np.rint(centers[None] / steps), 127.0)
+    steps = (trials / largest_code(INT8))[:, None]
+    codes = np.minimum(np.rint(centers[None] / steps), largest_code(INT8))
     errors = ((codes * steps - centers[None]) ** 2 * counts[None]).sum(1)
     return float(trials[int(np.argmin(errors))])

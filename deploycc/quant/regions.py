@@ -7,18 +7,26 @@ one value are tied into one region (P13), and an attention core (two products ar
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from deploycc.core.graph import constant, is_constant, sole_consumer, static_shape
 from deploycc.core.plan import Region
 from deploycc.quant.eligibility import attention_formats, conv_formats, linear_formats
 
-ACTIVATIONS = frozenset({"Relu", "Clip", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh", "Elu", "Softplus", "Mish", "PRelu"})
-_TRANSPARENT = frozenset({"Mul", "Div", "Add", "Sub", "Reshape", "Cast", "Where", "Identity", "Transpose", "Unsqueeze", "Squeeze", "Dropout"})
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import onnx_ir as ir
+
+ACTIVATIONS = frozenset(
+    {"Relu", "Clip", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh", "Elu", "Softplus", "Mish", "PRelu"}
+)
+_TRANSPARENT = frozenset(
+    {"Mul", "Div", "Add", "Sub", "Reshape", "Cast", "Where", "Identity", "Transpose", "Unsqueeze", "Squeeze", "Dropout"}
+)
 
 
 def partition(model: ir.Model) -> tuple[Region, ...]:
@@ -145,7 +153,9 @@ def _grow(anchor: ir.Node, taken: set[ir.Node], depth: dict[ir.Node, int]) -> tu
                 if residuals or not _is_main_branch(value, other, depth):
                     break
                 residuals.append(other.name or "")
-        elif node.op_type == "Mul" and any(v is not None and v.producer() in grown and v.producer() is not value.producer() for v in node.inputs):
+        elif node.op_type == "Mul" and any(
+            v is not None and v.producer() in grown and v.producer() is not value.producer() for v in node.inputs
+        ):
             pass
         elif node.op_type not in ACTIVATIONS:
             break

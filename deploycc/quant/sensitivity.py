@@ -1,8 +1,8 @@
 """How much the outputs change when one region alone is quantized.
 
 One graph holds both versions of every region behind an ``If`` whose flag is an input, so that the runtime prepares the
-weights once and a score costs one forward pass. The score is the noise-to-signal ratio at the outputs,
-``||y_q - y||^2 / ||y||^2``, over the same samples for every region.
+weights once and a score costs one forward pass. What is quantized is exactly what ``insert-qdq`` would quantize. The score is
+the noise-to-signal ratio at the outputs, ``||y_q - y||^2 / ||y||^2``, over the same samples for every region.
 """
 
 from __future__ import annotations
@@ -10,20 +10,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.backend import Reference
-from deploycc.core.data import Dataset
 from deploycc.core.formats import FP32, Format
-from deploycc.core.graph import constant
-from deploycc.core.plan import Region
-from deploycc.core.quantizers import decode, quantize_weight
+from deploycc.core.graph import add_initializer, constant
 from deploycc.core.placement import weight_axis
+from deploycc.core.quantizers import decode, quantize_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from deploycc.core.backend import Executor, Feeds, Reference
+    from deploycc.core.data import Dataset
+    from deploycc.core.plan import Region
 
 FLAG = "deploycc_switch"
+# What a region counts whose quantization makes an output infinite or NaN: 90 dB of noise.
+WORST = 1e9
 Progress = Callable[[int, int], None]
+Scales = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ def measure_noise(
     model: ir.Model,
     regions: Sequence[Region],
     formats: Sequence[Format],
-    scales: Mapping[str, Mapping[str, float]],
+    scales: Scales,
     data: Dataset,
     *,
     reference: Reference,
@@ -56,107 +65,106 @@ def measure_noise(
         if not eligible:
             continue
         run = reference.executor(_switchable(model, eligible, format, scales))
-        for name, ratio in _noise_per_region(run, eligible, data, batch, lambda i: progress(done + i, total)):
-            noise[name][format.name] = ratio
+        ratios = _noise_per_region(run, len(eligible), data.batches(batch), partial(_tick, progress, done, total))
+        for region, ratio in zip(eligible, ratios, strict=True):
+            noise[region.name][format.name] = ratio
         done += len(eligible)
     return Scores("output-noise", data.samples, time.perf_counter() - start, noise)
 
 
-def _noise_per_region(run, regions, data, batch, tick):  # type: ignore[no-untyped-def]
-    error, power = np.zeros(len(regions)), 0.0
-    batches = list(data.batches(batch))
+def _tick(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _noise_per_region(run: Executor, count: int, batches: Iterable[Feeds], tick: Callable[[int], None]) -> list[float]:
+    """Return the noise-to-signal ratio with each of the ``count`` flags raised alone."""
+    error, power = np.zeros(count), 0.0
     for feeds in batches:
-        plain = run({**feeds, FLAG: np.zeros(len(regions), bool)})
-        power += sum(float(np.sum(np.square(v, dtype=np.float64))) for v in plain.values())
-        for i in range(len(regions)):
-            flags = np.zeros(len(regions), bool)
-            flags[i] = True
-            quantized = run({**feeds, FLAG: flags})
-            error[i] += sum(float(np.sum(np.square(quantized[k].astype(np.float64) - v))) for k, v in plain.items())
+        plain = run({**feeds, FLAG: np.zeros(count, bool)})
+        power += sum(_power(v) for v in plain.values())
+        for i in range(count):
+            quantized = run({**feeds, FLAG: np.arange(count) == i})
+            error[i] += sum(_distance(quantized[k], v) for k, v in plain.items())
             tick(i + 1)
-    yield from ((region.name, float(e / power) if power else 0.0) for region, e in zip(regions, error, strict=True))
+    return [min(float(e) / power, WORST) if power else 0.0 for e in np.nan_to_num(error, nan=np.inf)]
 
 
-def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scales: Mapping[str, Mapping[str, float]]) -> ir.Model:
-    """Return a clone in which anchors compute behind ``If(flag[i])``: quantized operands, or the plain ones."""
+def _power(value: np.ndarray) -> float:
+    return float(np.sum(np.square(value, dtype=np.float64)))
+
+
+def _distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the squared distance; an output that took another shape is noise as a whole."""
+    if found.shape != wanted.shape:
+        return _power(found) + _power(wanted)
+    return float(np.sum(np.square(found.astype(np.float64) - wanted)))
+
+
+def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scales: Scales) -> ir.Model:
+    """Return a clone in which regions compute behind ``If(flag[i])``: with quantized operands, or with the plain ones."""
     clone = model.clone()
     graph = clone.graph
     nodes = {n.name: n for n in graph}
     flags = ir.Value(name=FLAG, shape=ir.Shape([len(regions)]), type=ir.TensorType(ir.DataType.BOOL))
     graph.inputs.append(flags)
     for position, region in enumerate(regions):
-        index = _initializer(graph, f"switch_index_{position}", np.array(position, np.int64))
+        index = add_initializer(graph, f"switch_index_{position}", np.array(position, np.int64))
         gather = ir.node("Gather", [flags, index], {"axis": 0}, name=f"switch_gather_{position}")
         gather.outputs[0].name = f"switch_flag_{position}"
         graph.insert_before(nodes[region.anchors[0]], gather)
-        for name in region.anchors:
-            _switch(graph, nodes[name], gather.outputs[0], format, scales)
+        for name, operands in _quantized_operands(region, nodes):
+            _switch(graph, nodes[name], gather.outputs[0], operands, format, scales)
     graph.sort()
     return clone
 
 
-def _switch(graph: ir.Graph, anchor: ir.Node, flag: ir.Value, format: Format, scales: Mapping[str, Mapping[str, float]]) -> None:
-    branches = [_branch(graph, anchor, format if quantized else None, scales) for quantized in (True, False)]
-    switch = ir.node(
-        "If", [flag], {"then_branch": branches[0], "else_branch": branches[1]}, name=f"switch_{anchor.name}"
-    )
-    old = anchor.outputs[0]
-    new = switch.outputs[0]
-    new.name, new.type, new.shape = f"{old.name}_switched", old.type, old.shape
-    graph.insert_before(anchor, switch)
-    if old.is_graph_output():
-        name = old.name
-        old.name, new.name = f"{name}_plain", name
-        for i, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[i] = new
-    old.replace_all_uses_with(new)
-    graph.remove(anchor, safe=True)
+def _quantized_operands(region: Region, nodes: Mapping[str | None, ir.Node]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the nodes of ``region`` with quantized operands and which those are: of anchors both, of a residual Add the skip (P4)."""
+    yield from ((name, (0, 1)) for name in region.anchors)
+    for name in region.nodes:
+        skips = tuple(i for i, v in enumerate(nodes[name].inputs) if v is not None and v.name in region.residuals)
+        if nodes[name].op_type == "Add" and skips:
+            yield name, skips
 
 
-def _branch(graph: ir.Graph, anchor: ir.Node, format: Format | None, scales: Mapping[str, Mapping[str, float]]) -> ir.Graph:
+def _switch(graph: ir.Graph, node: ir.Node, flag: ir.Value, operands: tuple[int, ...], format: Format, scales: Scales) -> None:
+    then, other = (_branch(graph, node, chosen, format, scales) for chosen in (operands, ()))
+    switch = ir.node("If", [flag], {"then_branch": then, "else_branch": other}, name=f"switch_{node.name}")
+    old, new = node.outputs[0], switch.outputs[0]
+    # The name stays with the value that the others read, since scales are found by it.
+    new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, f"{old.name}_plain"
+    graph.insert_before(node, switch)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _branch(graph: ir.Graph, node: ir.Node, operands: tuple[int, ...], format: Format, scales: Scales) -> ir.Graph:
+    """Return a graph that computes ``node`` with some operands quantized."""
     inner: list[ir.Node] = []
-    inputs = list(anchor.inputs)
-    if format is not None:
-        for i in (0, 1):
-            inputs[i] = _quantized_operand(graph, anchor, i, format, scales, inner)
-    label = format.name if format else "plain"
-    copy = ir.Node("", anchor.op_type, inputs, [a for a in anchor.attributes.values()], name=f"{anchor.name}_{label}")
-    copy.outputs[0].name = f"{anchor.outputs[0].name}_{label}"
-    copy.outputs[0].type = anchor.outputs[0].type
-    copy.outputs[0].shape = anchor.outputs[0].shape
-    return ir.Graph([], [copy.outputs[0]], nodes=[*inner, copy], name=f"{anchor.name}_{label}_branch")
+    inputs = list(node.inputs)
+    for i in operands:
+        inputs[i] = _quantized_operand(graph, node, i, format, scales, inner)
+    label = f"{node.name}_{format.name if operands else 'plain'}"
+    copy = ir.Node("", node.op_type, inputs, list(node.attributes.values()), name=label)
+    copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = f"{label}_out", node.outputs[0].type, node.outputs[0].shape
+    return ir.Graph([], [copy.outputs[0]], nodes=[*inner, copy], name=f"{label}_branch")
 
 
-def _quantized_operand(
-    graph: ir.Graph, anchor: ir.Node, i: int, format: Format, scales: Mapping[str, Mapping[str, float]], inner: list[ir.Node]
-) -> ir.Value | None:
-    value = anchor.inputs[i]
+def _quantized_operand(graph: ir.Graph, node: ir.Node, i: int, format: Format, scales: Scales, inner: list[ir.Node]) -> ir.Value | None:
+    value = node.inputs[i]
     weight = constant(value)
     if value is None:
         return None
     if weight is not None:
-        axis = weight_axis(anchor)
+        axis = weight_axis(node)
         codes, scale = quantize_weight(weight, axis=axis, format=format, base=FP32)
-        return _initializer(graph, f"{value.name}_{format.name}_{anchor.name}", decode(codes, scale, axis=axis))
-    scale_value = _initializer(graph, f"{anchor.name}_{i}_scale", np.array(scales[value.name or ""][format.name], np.float32))
-    zero = _initializer(graph, f"{anchor.name}_{i}_zero", np.zeros((), np.int8), getattr(ir.DataType, format.onnx_type))
-    quantize = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{anchor.name}_{i}_q")
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{anchor.name}_{i}_dq")
-    for node in (quantize, dequantize):
-        node.outputs[0].name = f"{node.name}_out"
+        return add_initializer(graph, f"{value.name}_{format.name}_{node.name}", decode(codes, scale, axis=axis))
+    stem, code_type = f"{node.name}_{i}_{format.name}", getattr(ir.DataType, format.onnx_type)
+    scale_value = add_initializer(graph, f"{stem}_scale", np.array(scales[value.name or ""][format.name], np.float32))
+    zero = add_initializer(graph, f"{stem}_zero", np.zeros((), code_type.numpy()), code_type)
+    quantize = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{stem}_q")
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{stem}_dq")
+    for each in (quantize, dequantize):
+        each.outputs[0].name = f"{each.name}_out"
     inner.extend((quantize, dequantize))
     return dequantize.outputs[0]
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    if dtype == ir.DataType.FLOAT8E4M3FN:
-        import ml_dtypes
-
-        array = array.astype(ml_dtypes.float8_e4m3fn)
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.core.backend import Executor
-from deploycc.core.data import Dataset
 from deploycc.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from deploycc.core.backend import Executor
+    from deploycc.core.data import Dataset
 
 Progress = Callable[[int, int], None]
 
@@ -29,16 +32,19 @@ class Accuracy:
         return self.fp32 - self.built
 
 
-def score(executors: Mapping[str, Executor], data: Dataset, *, batch: int, progress: Progress = lambda done, total: None) -> tuple[str, dict[str, float]]:
+def score(
+    executors: Mapping[str, Executor], data: Dataset, *, batch: int, progress: Progress = lambda done, total: None
+) -> tuple[str, dict[str, float]]:
     """Return the metric's name and each executor's score in percent.
 
     Labels of shape ``[N]`` and integer type are class indices (top-1 of the first output of shape ``[N, C]``); labels of the
     shape of the first output are masks (mean over samples of the intersection over union at 0.5).
 
     Raises:
-        UsageError: when the labels fit no output.
+        UsageError: when there are no labels, or they fit no output.
     """
-    assert data.labels is not None
+    if data.labels is None:
+        raise UsageError(f"{data.source} holds no labels", at="--eval", fix="add an array named 'labels'")
     totals, done, metric = dict.fromkeys(executors, 0.0), 0, ""
     for feeds in data.batches(batch):
         size = len(next(iter(feeds.values())))
@@ -61,4 +67,8 @@ def _points(outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[str,
             union = (found | wanted).sum(axes)
             return "mIoU@0.5", float(np.where(union == 0, 1.0, (found & wanted).sum(axes) / np.maximum(union, 1)).sum())
     shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in outputs.items())
-    raise UsageError(f"labels of shape {list(labels.shape)} fit no output ({shapes})", at="--eval", fix="give class indices [N] or masks of an output's shape")
+    raise UsageError(
+        f"labels of shape {list(labels.shape)} fit no output ({shapes})",
+        at="--eval",
+        fix="give class indices [N] or masks of an output's shape",
+    )

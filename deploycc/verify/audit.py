@@ -6,14 +6,22 @@ listing is reported as unknown, never as agreement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deploycc.core.backend import Engine
-from deploycc.core.plan import Assignment, PrecisionPlan
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
-_WORDS = {"int8": {"int8"}, "fp8": {"fp8", "fp8_e4m3", "e4m3", "float8"}, "fp16": {"half", "fp16"}, "bf16": {"bfloat16", "b16", "bf16"}, "fp32": {"float", "fp32"}}
+    from deploycc.core.backend import Engine
+    from deploycc.core.plan import Assignment, PrecisionPlan
+
+_WORDS = {
+    "int8": {"int8"},
+    "fp8": {"fp8", "fp8_e4m3", "e4m3", "float8"},
+    "fp16": {"half", "fp16"},
+    "bf16": {"bfloat16", "b16", "bf16"},
+    "fp32": {"float", "fp32"},
+}
 
 
 @dataclass(frozen=True, slots=True)

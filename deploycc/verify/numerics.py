@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.core.backend import Executor
-from deploycc.core.data import Dataset
+if TYPE_CHECKING:
+    from deploycc.core.backend import Executor
+    from deploycc.core.data import Dataset
 
 Progress = Callable[[int, int], None]
 PERFECT_DB = 200.0
