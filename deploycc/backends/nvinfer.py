@@ -75,7 +75,7 @@ def build(
         raise BackendError(
             f"the Python module '{module}' is not installed", at=f"target {target}", fix="install it, or choose another --target"
         )
-    seconds = options.timeout if options.timeout != BuildOptions().timeout else time_budget(count_nodes(model), base=base)
+    seconds = options.timeout if options.timeout is not None else time_budget(count_nodes(model), base=base)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         request = _request(module, model, Path(scratch).resolve(), profiles, options, archs)

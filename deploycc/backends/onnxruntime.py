@@ -42,6 +42,8 @@ _NODE_IN_ERROR = (
     r"operator \(\w+\) in node \(([^)]*)\)",
 )
 
+LOAD_TIMEOUT = 600.0
+
 
 @dataclass(frozen=True, slots=True)
 class OnnxRuntime:
@@ -67,13 +69,12 @@ class OnnxRuntime:
         Raises:
             BackendError: when the file does not load, with the node that is at fault.
         """
-        start = time.perf_counter()
+        start, seconds = time.perf_counter(), options.timeout or LOAD_TIMEOUT
         try:
-            answer = child.call("deploycc.backends.onnxruntime:load_in_child", {"model": str(model)}, timeout=options.timeout)
+            answer = child.call("deploycc.backends.onnxruntime:load_in_child", {"model": str(model)}, timeout=seconds)
         except child.ChildTimedOut:
-            raise BackendError(
-                f"ONNX Runtime did not load the model within {options.timeout:.0f} s", at=str(model), fix="raise the time-out"
-            ) from None
+            what = f"ONNX Runtime did not load the model within {seconds:.0f} s"
+            raise BackendError(what, at=str(model), fix="raise --timeout") from None
         except child.ChildCrashed as error:
             fix = "check the file with onnx.checker.check_model(path, full_check=True)"
             raise BackendError(f"ONNX Runtime crashed while loading the model ({error.kind})", at=str(model), fix=fix) from None

@@ -19,9 +19,9 @@ Feeds = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Options of one engine build: seconds until the child is killed, and the target's workspace in bytes."""
+    """Options of one engine build: seconds until the child is killed (None: by the size of the graph), and the target's workspace in bytes."""
 
-    timeout: float = 1800.0
+    timeout: float | None = None
     workspace: int | None = None
 
 
