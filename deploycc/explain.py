@@ -25,7 +25,7 @@ def explain(directory: Path, node: str | None) -> str:
     report = json.loads((directory / "report.json").read_text())
     if node is None:
         return "\n".join(_line(region) for region in report["regions"])
-    found = [r for r in report["regions"] if node in (r["name"], r["source"], *r["nodes"])]
+    found = [r for r in report["regions"] if node in (r["name"], *r["nodes"]) or f"{r['source']}.".startswith(f"{node}.")]
     notes = _pass_notes(report, node)
     if not found and not notes:
         names = ", ".join(r["source"] or r["name"] for r in report["regions"][:8])

@@ -68,8 +68,13 @@ class BuildDirectory:
             return
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         target.rename(old / "build")
-        folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            folder.rename(target)
+        except BaseException:
+            (old / "build").rename(target)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def is_build(path: Path) -> bool:

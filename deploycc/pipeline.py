@@ -97,7 +97,12 @@ def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[Precisi
     front = list(job.report.passes)
     for attempt in range(1, GUARD_ROUNDS + 1):
         with job.stage("quantize"):
-            plan = decide(analysis, precision=job.request.precision, budget=job.budget, noise_bound=bound)
+            try:
+                plan = decide(analysis, precision=job.request.precision, budget=job.budget, noise_bound=bound)
+            except BudgetError:
+                if attempt == 1:
+                    raise
+                break  # Nothing tighter fits the other bounds: the last round is the best there is.
             lowered, records = _lower(canonical, plan)
             job.report.passes = front + records
         with job.stage("verify"):
@@ -177,7 +182,9 @@ def _build_engines(job: Job, folder: Path) -> list[Engine]:
                 out = folder / "engines" / f"{target.slug}{suffix}"
                 engines.append(backend.build(folder / "model.onnx", target, out=out, profiles=job.profiles, options=options))
             except BackendError as error:
-                job.report.failures.append({"target": str(target), "what": error.what, "at": error.at, "fix": error.fix})
+                # A reproducer lies in the temporary folder, which is about to take the name of the build directory.
+                fix = error.fix.replace(str(folder), str(job.request.directory.resolve()))
+                job.report.failures.append({"target": str(target), "what": error.what, "at": error.at, "fix": fix})
                 job.warn(f"{target}: {error.what}")
     return engines
 

@@ -180,11 +180,10 @@ def _formats(precision: str, targets: Sequence[Target]) -> tuple[Format, tuple[F
 def _calibration_data(request: BuildRequest, inputs: Sequence[ir.Value], profiles: Sequence[Profile]) -> Dataset:
     beside = request.model.with_suffix(".calib.npz")
     spec = request.data or (str(beside) if beside.exists() else None)
-    if spec is None:
-        if request.strict and request.precision not in WITHOUT_CALIBRATION:
-            raise UsageError("there is no calibration data", at="--strict", fix=f"give --data, or put {beside.name} beside the model")
-        spec = f"synthetic:{SYNTHETIC_SAMPLES}"
-    return open_data(spec, inputs, profiles, seed=request.seed).take(CALIBRATION_SAMPLES)
+    data = open_data(spec or f"synthetic:{SYNTHETIC_SAMPLES}", inputs, profiles, seed=request.seed).take(CALIBRATION_SAMPLES)
+    if data.synthetic and request.strict and request.precision not in WITHOUT_CALIBRATION:
+        raise UsageError("there is no calibration data", at="--strict", fix=f"give --data, or put {beside.name} beside the model")
+    return data
 
 
 def _evaluation_data(request: BuildRequest, budget: Budget, inputs: Sequence[ir.Value], profiles: Sequence[Profile]) -> Dataset | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Ops that TensorRT computes well in 16 bits. Everything else (Pow, Exp, Log, sums of squares, comparisons) stays in FP32.
 # fmt: off
 SIXTEEN_BIT_OPS = frozenset({
-    "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "ConvTranspose", "DepthToSpace", "DequantizeLinear",
+    "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Conv", "ConvTranspose", "DepthToSpace", "DequantizeLinear",
     "Div", "Dropout", "Elu", "Erf", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool",
     "GlobalMaxPool", "GridSample", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization",
     "LayerNormalization", "LeakyRelu", "MatMul", "Max", "MaxPool", "Min", "Mish", "Mul", "Neg", "PRelu", "Pad", "QuantizeLinear",
@@ -69,6 +69,8 @@ class _Caster:
 
     def retype(self, node: ir.Node) -> None:
         """Give one node operands of one float type, and set the type of its outputs."""
+        if node.op_type == "Cast":  # It takes any type; rounding before a Cast to integers would change the integers.
+            return
         wanted = self.low if self._goes_low(node) else ir.DataType.FLOAT
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             self._protect_captures(node)
@@ -78,8 +80,6 @@ class _Caster:
             type_here = ir.DataType.FLOAT if i in _FLOAT32_OPERANDS.get(node.op_type, ()) else wanted
             if value.dtype != type_here:
                 node.replace_input_with(i, self._cast(value, type_here))
-        if node.op_type == "Cast":
-            return
         changed = False
         for value in node.outputs:
             if value.dtype in {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} and value.dtype != wanted:

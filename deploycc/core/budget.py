@@ -32,7 +32,7 @@ class Budget:
 
     def __str__(self) -> str:
         parts = [
-            f"{name}{_FORMS[name][0]}{value:g}{_FORMS[name][1] or ''}"
+            f"{name}{_FORMS[name][0]}{value:.15g}{_FORMS[name][1] or ''}"
             for name in _FORMS
             if (value := getattr(self, name.replace("-", "_"))) is not None
         ]

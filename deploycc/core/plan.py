@@ -23,7 +23,8 @@ class Region:
     ``anchors`` are the weighted nodes (Conv, Gemm, MatMul) whose operands are quantized; ``nodes`` are all members, anchors
     included. ``activations`` are the values quantized when the region is; ``weights`` the constant operands.
     ``residuals`` are skip values that rule P4 quantizes along with the region. ``formats`` are the quantized formats that
-    the placement rules allow here, and ``rules`` the ids of those that decided it.
+    the placement rules allow here, and ``rules`` the ids of those that decided it. ``macs`` and ``activation_elements`` are
+    per sample.
     """
 
     name: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import le
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,14 +16,16 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
 from deploycc.core.errors import BudgetError
-from deploycc.core.formats import FORMATS, Format
 from deploycc.core.plan import Assignment, Region
 
 if TYPE_CHECKING:
     from deploycc.core.budget import Budget
+    from deploycc.core.formats import Format
 
 DEFAULT_BITS = 10.0
 DEFAULT_LATENCY_SLACK = 1.15
+_ROUNDING = 1e-9
+_GAP = 1e-6
 Costs = Mapping[str, Mapping[str, float]]
 
 
@@ -125,20 +128,32 @@ def _bounds(
 
 
 def _solve(choices: Sequence[Choice], count: int, bounds: Mapping[str, float], *, minimise: str) -> list[Choice] | None:
-    """Minimise one quantity (the other breaks ties) with one choice per region."""
-    columns = {name: np.array([getattr(c, name) for c in choices]) for name in ("noise", "latency", "bits")}
-    scale = {name: max(float(np.abs(column).sum()), 1e-30) for name, column in columns.items()}
-    other = "latency" if minimise == "noise" else "noise"
-    objective = columns[minimise] / scale[minimise] + 1e-6 * columns[other] / scale[other]
-    rows = coo_matrix((np.ones(len(choices)), ([c.region for c in choices], range(len(choices)))), shape=(count, len(choices)))
-    constraints = [LinearConstraint(rows.tocsr(), 1, 1)]
-    for name, bound in bounds.items():
-        limit = max(abs(bound), 1e-30)
-        constraints.append(LinearConstraint(columns[name][None] / limit, -np.inf, bound / limit * (1 + 1e-9)))
-    result = milp(objective, constraints=constraints, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0})
-    if result.x is None:
+    """Minimise one quantity (the other breaks ties) with one choice per region; None when the bounds cannot be met."""
+    usable = _undominated(choices, bounds, minimise)
+    if len({c.region for c in usable}) < count:
         return None
-    return [c for c, x in zip(choices, result.x, strict=True) if x > 0.5]
+    columns = {name: np.array([getattr(c, name) for c in usable]) for name in ("noise", "latency", "bits")}
+    relative = {name: column / max(float(column.sum()), 1e-300) for name, column in columns.items()}
+    # HiGHS stops within 1e-6 of the optimum whatever the units: in these units that is one part in 1e12.
+    objective = 1e6 * relative[minimise] + 1e-3 * relative["latency" if minimise == "noise" else "noise"]
+    rows = coo_matrix((np.ones(len(usable)), ([c.region for c in usable], range(len(usable)))), shape=(count, len(usable)))
+    limits = [LinearConstraint(columns[name][None] / bound, -np.inf, 1 + _ROUNDING) for name, bound in bounds.items() if bound > 0]
+    constraints = [LinearConstraint(rows.tocsr(), 1, 1), *limits]
+    result = milp(objective, constraints=constraints, integrality=np.ones(len(usable)), bounds=Bounds(0, 1), options={"mip_rel_gap": _GAP})
+    return None if result.x is None else [c for c, x in zip(usable, result.x, strict=True) if x > 0.5]
+
+
+def _undominated(choices: Sequence[Choice], bounds: Mapping[str, float], minimise: str) -> list[Choice]:
+    """Return the choices that an optimum may hold: none breaks a bound by itself, none is worse than another in all that counts."""
+    names = (minimise, *(name for name in bounds if name != minimise), "latency" if minimise == "noise" else "noise")
+    within = [c for c in choices if all(getattr(c, name) <= bound * (1 + _ROUNDING) for name, bound in bounds.items())]
+    kept: dict[int, list[tuple[tuple[float, ...], Choice]]] = {}
+    for choice in within:
+        figures = tuple(getattr(choice, name) for name in names)
+        others = kept.setdefault(choice.region, [])
+        if not any(all(map(le, other, figures)) for other, _ in others):
+            others[:] = [(other, c) for other, c in others if not all(map(le, figures, other))] + [(figures, choice)]
+    return [c for found in kept.values() for _, c in found]
 
 
 def _infeasible(choices: Sequence[Choice], bounds: Mapping[str, float]) -> str:
@@ -146,7 +161,7 @@ def _infeasible(choices: Sequence[Choice], bounds: Mapping[str, float]) -> str:
     regions = {c.region for c in choices}
     for name, bound in bounds.items():
         best = sum(min(getattr(c, name) for c in choices if c.region == r) for r in regions)
-        if best > bound * (1 + 1e-9):
+        if best > bound * (1 + _ROUNDING):
             return f"no plan reaches {bound:.4g} {units[name]}; the least possible is {best:.4g}"
     return "no plan meets all bounds at once, though each can be met alone"
 
@@ -160,11 +175,10 @@ def _explained(
     if not alternatives:
         why = f"only {base.name} is allowed here by {', '.join(region.rules) or 'the target'}"
         return Assignment(region, choice.format, why, region.rules, figures)
-    saved = FORMATS[base.name]
-    base_choice = next(c for c in choices if c.region == choice.region and c.format == saved)
+    base_choice = next(c for c in choices if c.region == choice.region and c.format == base)
     if choice.format == base:
-        worst = min(c.noise for c in alternatives)
-        why = f"kept in {base.name}: quantizing would add {_db(worst)} of noise, more than it saves is worth under the budget"
+        least = min(c.noise for c in alternatives)
+        why = f"kept in {base.name}: quantizing would add {_db(least)} of noise, more than it saves is worth under the budget"
     else:
         gain = base_choice.latency - choice.latency
         size = int(base_choice.bits - choice.bits) // 8

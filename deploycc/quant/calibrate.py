@@ -1,6 +1,6 @@
 """Collect ranges of activations in one streamed pass over the data, inside the executing graph.
 
-For every observed value the graph gets a ``ReduceMin``, a ``ReduceMax`` and a strided sample of each row, so that only scalars
+For every observed value the graph gets a ``ReduceMin``, a ``ReduceMax`` and a strided sample per image, so that only scalars
 and small samples leave the runtime, whatever the size of the maps. Memory does not grow with the number of images.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deploycc.core.data import Dataset
 
 SAMPLE_PER_ROW = 512
+NON_NEGATIVE = frozenset({"Relu", "Softmax", "Sigmoid", "Abs", "HardSigmoid"})
 Progress = Callable[[int, int], None]
 
 
@@ -58,7 +59,7 @@ def calibrate(
         progress: called with samples done and in all.
 
     Raises:
-        UsageError: when an activation is NaN or infinite for some sample, naming the value.
+        UsageError: when one of ``ranges`` is infinite, or NaN among its sampled elements; the value is named.
     """
     start = time.perf_counter()
     watched, probes = _with_probes(model, ranges, extremes)
@@ -67,25 +68,33 @@ def calibrate(
     for feeds in data.batches(batch):
         outputs = run(feeds, list(probes))
         for output, (name, what) in probes.items():
-            _take(observers[name], name, what, outputs[output])
+            _take(observers[name], name, what, outputs[output], finite_only=name in ranges)
         done += len(next(iter(feeds.values())))
         progress(done, data.samples)
     return Statistics(observers, done, time.perf_counter() - start)
 
 
-def _take(observer: Observer, name: str, what: str, value: np.ndarray) -> None:
+def _take(observer: Observer, name: str, what: str, value: np.ndarray, *, finite_only: bool) -> None:
     if what == "sample":
-        finite = np.abs(value, dtype=np.float32)
-        observer.histogram.add(finite)
+        magnitudes = np.abs(value.astype(np.float32, copy=False))
+        # The runtime's minimum and maximum pass over NaN, so it is looked for here.
+        if np.isnan(magnitudes.sum()) and np.isnan(magnitudes).any():
+            raise _not_finite(name, math.nan)
+        observer.histogram.add(magnitudes)
         return
     number = float(value.reshape(-1)[0])
-    if not math.isfinite(number):
-        raise UsageError(
-            f"the value '{name}' becomes {number} in calibration",
-            at="the FP32 model itself, on the calibration data",
-            fix="check the preprocessing of the data and the model's weights; nothing can be quantized around it",
-        )
-    observer.extend(number, number)
+    if math.isnan(number) or (finite_only and math.isinf(number)):
+        raise _not_finite(name, number)
+    if math.isfinite(number):
+        observer.extend(number, number)
+
+
+def _not_finite(name: str, number: float) -> UsageError:
+    return UsageError(
+        f"the value '{name}' becomes {number} in calibration",
+        at="the FP32 model itself, on the calibration data",
+        fix="check the preprocessing of the data and the model's weights; nothing can be quantized around it",
+    )
 
 
 def _with_probes(model: ir.Model, ranges: Sequence[str], extremes: Sequence[str]) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
@@ -98,7 +107,9 @@ def _with_probes(model: ir.Model, ranges: Sequence[str], extremes: Sequence[str]
         value = values[name]
         if value.dtype not in FLOAT_TYPES:
             raise TypeError(f"'{name}' is {value.dtype}, and only floating-point values have ranges")
-        for op in ("ReduceMin", "ReduceMax"):
+        producer = value.producer()
+        lowest = () if producer is not None and producer.op_type in NON_NEGATIVE else ("ReduceMin",)
+        for op in (*lowest, "ReduceMax"):
             _probe(graph, probes, ir.node(op, [value], {"keepdims": 0}), name, op)
         if name in ranges:
             _add_sample(graph, probes, value, name)
@@ -109,24 +120,39 @@ def _probe(graph: ir.Graph, probes: dict[str, tuple[str, str]], node: ir.Node, n
     node.name = f"probe_{len(probes)}"
     output = node.outputs[0]
     output.name = f"probe_{len(probes)}_{what}"
-    output.type = ir.TensorType(ir.DataType.FLOAT)
+    output.type = node.inputs[0].type if node.inputs[0] is not None else None
     graph.append(node)
     graph.outputs.append(output)
     probes[output.name] = (name, what)
 
 
 def _add_sample(graph: ir.Graph, probes: dict[str, tuple[str, str]], value: ir.Value, name: str) -> None:
-    """Sample every k-th element of each row; k has no common factor with the row, so that no channel is favoured."""
-    dims = [d if isinstance(d, int) else 1 for d in value.shape[1:]] if value.shape is not None else []
-    row = math.prod(dims)
+    """Sample every k-th element of each image; k has no common factor with their number, so that no channel is favoured."""
+    shape = list(value.shape) if value.shape is not None else []
+    axis = _batch_axis(graph, shape)
+    row = math.prod(d for i, d in enumerate(shape) if i != axis and isinstance(d, int))
     stride = max(1, row // SAMPLE_PER_ROW)
     while stride > 1 and math.gcd(stride, max(row, 1)) != 1:
         stride += 1
-    flat = ir.node("Flatten", [value], {"axis": 1}, name=f"probe_flat_{len(probes)}")
-    flat.outputs[0].name = f"{flat.name}_out"
-    graph.append(flat)
+    flat = value
+    if axis:
+        order = [axis, *(i for i in range(len(shape)) if i != axis)]
+        flat = _inserted(graph, ir.node("Transpose", [flat], {"perm": order}, name=f"probe_turn_{len(probes)}"))
+    flat = _inserted(graph, ir.node("Flatten", [flat], {"axis": 1}, name=f"probe_flat_{len(probes)}"))
     bounds = [_constant(graph, f"probe_{len(probes)}_{k}", v) for k, v in (("start", 0), ("end", 2**62), ("axis", 1), ("step", stride))]
-    _probe(graph, probes, ir.node("Slice", [flat.outputs[0], *bounds]), name, "sample")
+    _probe(graph, probes, ir.node("Slice", [flat, *bounds]), name, "sample")
+
+
+def _batch_axis(graph: ir.Graph, shape: Sequence[object]) -> int:
+    """Return the axis that counts images: the one named like the batch of an input, else the first."""
+    names = {str(v.shape[0]) for v in graph.inputs if v.shape is not None and len(v.shape) and not isinstance(v.shape[0], int)}
+    return next((i for i, d in enumerate(shape) if str(d) in names), 0)
+
+
+def _inserted(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    node.outputs[0].name, node.outputs[0].type = f"{node.name}_out", node.inputs[0].type if node.inputs[0] is not None else None
+    graph.append(node)
+    return node.outputs[0]
 
 
 def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:

@@ -29,7 +29,7 @@ def decision_islands(model: ir.Model, regions: Sequence[Region]) -> dict[str, st
     """Return the float nodes between the last weighted op and a comparison or an index, with the reason."""
     covered = {name for region in regions for name in region.nodes}
     islands: dict[str, str] = {}
-    pending = [n for n in model.graph if n.op_type in DECIDING_OPS and any(v is not None and v.dtype in FLOAT_TYPES for v in n.inputs)]
+    pending = [n for n in model.graph if _decides(n)]
     goal = {n: n for n in pending}
     while pending:
         node = pending.pop()
@@ -41,6 +41,12 @@ def decision_islands(model: ir.Model, regions: Sequence[Region]) -> dict[str, st
             islands[producer.name or ""] = f"D1: reaches the decision '{goal[node].name}' ({goal[node].op_type})"
             pending.append(producer)
     return islands
+
+
+def _decides(node: ir.Node) -> bool:
+    """Return whether ``node`` turns floating-point numbers into decisions; a Cast to integers truncates, and so decides."""
+    reads_floats = any(v is not None and v.dtype in FLOAT_TYPES for v in node.inputs)
+    return reads_floats and (node.op_type in DECIDING_OPS or (node.op_type == "Cast" and node.outputs[0].dtype not in FLOAT_TYPES))
 
 
 def islands_of(model: ir.Model, data: Dataset, *, reference: Reference, batch: int) -> dict[str, str]:

@@ -7,12 +7,14 @@ one value are tied into one region (P13), and an attention core (two products ar
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.core.graph import constant, is_constant, sole_consumer, static_shape
+from deploycc.core.dimensions import dimensions
+from deploycc.core.graph import constant, is_constant, sole_consumer
 from deploycc.core.plan import Region
 from deploycc.quant.eligibility import attention_formats, conv_formats, linear_formats
 
@@ -30,7 +32,7 @@ _TRANSPARENT = frozenset(
 
 
 def partition(model: ir.Model) -> tuple[Region, ...]:
-    """Return the regions of ``model`` in topological order; no node belongs to two of them."""
+    """Return the regions of ``model`` in topological order; no node belongs to two of them. Work is counted per sample."""
     order = {node: i for i, node in enumerate(model.graph)}
     taken: set[ir.Node] = set()
     cores = _attention_cores(model.graph, taken)
@@ -48,7 +50,9 @@ def partition(model: ir.Model) -> tuple[Region, ...]:
             residuals.extend(skips)
         members.sort(key=order.__getitem__)
         regions.append((order[group[0]], _weighted_region(group, members, residuals, transformer=transformer)))
-    return tuple(region for _, region in sorted(regions, key=lambda pair: pair[0]))
+    ordered = [region for _, region in sorted(regions, key=lambda pair: pair[0])]
+    batch = _static_batch(model.graph)
+    return tuple(replace(r, macs=r.macs // batch, activation_elements=r.activation_elements // batch) for r in ordered)
 
 
 def scope_of(node: ir.Node) -> str:
@@ -153,15 +157,19 @@ def _grow(anchor: ir.Node, taken: set[ir.Node], depth: dict[ir.Node, int]) -> tu
                 if residuals or not _is_main_branch(value, other, depth):
                     break
                 residuals.append(other.name or "")
-        elif node.op_type == "Mul" and any(
-            v is not None and v.producer() in grown and v.producer() is not value.producer() for v in node.inputs
-        ):
-            pass
+        elif node.op_type == "Mul" and value.producer() in grown[-1:] and _gated(node, value) in (anchor, *grown[:-1]):
+            pass  # The gate of a SiLU: x * Sigmoid(x).
         elif node.op_type not in ACTIVATIONS:
             break
         grown.append(node)
         value = node.outputs[0]
     return grown, residuals if anchor.op_type == "Conv" else []
+
+
+def _gated(product: ir.Node, gate: ir.Value) -> ir.Node | None:
+    """Return the node whose output ``product`` multiplies with ``gate``."""
+    other = product.inputs[1] if product.inputs[0] is gate else product.inputs[0]
+    return other.producer() if other is not None else None
 
 
 def _next(value: ir.Value) -> ir.Node | None:
@@ -230,8 +238,8 @@ def _attention_region(anchors: list[ir.Node], nodes: list[ir.Node]) -> Region:
 
 
 def _macs(node: ir.Node) -> int:
-    """Return multiply-accumulates per sample; unknown dimensions count as one."""
-    out = _elements(node.outputs[0])
+    """Return multiply-accumulates; unknown dimensions count as one. A transposed convolution spends them on its inputs."""
+    out = _elements(node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0])
     weight = constant(node.inputs[1]) if node.op_type != "MatMul" or is_constant(node.inputs[1]) else None
     if weight is not None:
         per_output = weight.size // weight.shape[0] if node.op_type == "Conv" else weight.size // max(_linear_width(node, weight), 1)
@@ -249,8 +257,12 @@ def _linear_width(node: ir.Node, weight: np.ndarray) -> int:
 
 
 def _elements(value: ir.Value | None) -> int:
-    if value is None or value.shape is None:
-        return 1
-    known = static_shape(value)
-    dims = known if known is not None else tuple(d if isinstance(d, int) else 1 for d in value.shape)
-    return int(np.prod(dims)) if dims else 1
+    """Return the number of elements with every dynamic dimension 1; a dimension ``64*batch`` counts as 64."""
+    sizes = dimensions(value) if value is not None else None
+    return math.prod(d if isinstance(d, int) else max(1, sum(c for _, c in d.terms)) for d in sizes or ())
+
+
+def _static_batch(graph: ir.Graph) -> int:
+    """Return the batch that all shapes already contain, 1 where it is dynamic."""
+    shape = graph.inputs[0].shape if graph.inputs else None
+    return shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else 1

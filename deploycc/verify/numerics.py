@@ -22,7 +22,8 @@ class Comparison:
     """How one output of a built model compares with the FP32 original.
 
     ``sqnr_db`` is ``10 log10(||y||^2 / ||y' - y||^2)``, at most 200. ``agreement`` is the share of equal decisions: the class
-    (argmax of the last axis) for outputs of rank 2, the side of 0.5 for maps in 0..1, None where neither applies.
+    (argmax of the last axis) for outputs of rank 2, the side of 0.5 for maps in 0..1, None where neither applies. ``finite`` says
+    that the built model is finite wherever the original is.
     """
 
     output: str
@@ -43,15 +44,20 @@ class _Sums:
     largest: float = 0.0
     agreed: float = 0.0
     decisions: int = 0
+    is_map: bool = True
     finite: bool = True
     samples: int = 0
 
     def add(self, reference: np.ndarray, built: np.ndarray) -> None:
+        """Take in one batch; where the reference itself is not finite there is nothing to compare."""
         a, b = reference.astype(np.float64), built.astype(np.float64)
         self.samples += len(a) if a.ndim else 1
-        if not np.all(np.isfinite(b)):
-            self.finite = False
-            b = np.nan_to_num(b, nan=0.0, posinf=0.0, neginf=0.0)
+        if a.shape != b.shape:  # The number of results depends on the data: every number of both counts as noise.
+            a, b = np.append(a, np.zeros(b.size)), np.append(np.zeros(a.size), b)
+            self.is_map = False
+        comparable = np.isfinite(a)
+        self.finite &= bool(np.all(np.isfinite(b[comparable])))
+        a, b = np.where(comparable, a, 0.0), np.where(comparable & np.isfinite(b), b, 0.0)
         self.signal += float(np.vdot(a, a))
         self.other += float(np.vdot(b, b))
         self.cross += float(np.vdot(a, b))
@@ -60,9 +66,11 @@ class _Sums:
         if a.ndim == 2 and a.shape[1] > 1:
             self.agreed += float((a.argmax(1) == b.argmax(1)).sum())
             self.decisions += len(a)
-        elif a.size and a.min() >= 0.0 and a.max() <= 1.0:
+        elif self.is_map and a.size and a.min() >= 0.0 and a.max() <= 1.0:
             self.agreed += float(((a > 0.5) == (b > 0.5)).sum())
             self.decisions += a.size
+        else:
+            self.is_map, self.agreed, self.decisions = False, 0.0, 0
 
     def result(self, name: str) -> Comparison:
         sqnr = PERFECT_DB if self.noise == 0 else (10 * math.log10(self.signal / self.noise) if self.signal else -PERFECT_DB)
