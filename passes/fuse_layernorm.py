@@ -179,6 +179,8 @@ def _fuse(norm: _Norm, version: int, taken: set[str]) -> Rewrite | Decline:
     axes = norm.axes
     if norm.source.dtype == ir.DataType.DOUBLE:
         return Decline(anchor, "DTYPE", "LayerNormalization computes the statistics of FP64 values in FP32")
+    if axes is None:
+        return Decline(anchor, "AXIS", "the axes of the statistics are computed or of unknown sign")
     if not axes or axes != tuple(range(-len(axes), 0)):
         return Decline(anchor, "AXIS", f"the statistics are over the axes {axes}, not the last ones")
     if norm.epsilon is None or norm.epsilon <= 0:

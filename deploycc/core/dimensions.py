@@ -118,6 +118,8 @@ def _expression(node: ast.expr) -> Size:
             return number
         case ast.Name(id=name):
             return symbol(name)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_expression(operand)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return _expression(left) + _expression(right)
         case ast.BinOp(left=left, op=ast.Sub(), right=right):

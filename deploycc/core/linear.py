@@ -82,9 +82,9 @@ def pads_borders(linear: ir.Node) -> bool:
     if linear.op_type == "ConvTranspose":
         return True
     mode = attribute(linear, "auto_pad", "NOTSET")
-    return linear.op_type == "Conv" and (
-        mode not in {"NOTSET", "VALID"} or (mode == "NOTSET" and any(ints_attribute(linear, "pads") or ()))
-    )
+    if linear.op_type != "Conv" or mode == "VALID":
+        return False
+    return mode != "NOTSET" or any(ints_attribute(linear, "pads") or ())
 
 
 def _per_group(linear: ir.Node, channels: np.ndarray, rows: int) -> np.ndarray:

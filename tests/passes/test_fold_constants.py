@@ -48,6 +48,7 @@ def test_a_target_with_one_dynamic_dimension_is_settled() -> None:
     )
     expected = graph("(float[N,6,4] x) => (float[N,2,12] y) <int64[3] t = {-1, 2, 12}> { y = Reshape(x, t) }")
     assert_same(apply(before, FOLD), expected)
+    assert ("n_y", "the computed target shape is [-1, 2, 12]") in {(r.anchor, r.what) for r in record(before, FOLD).rewrites}
 
 
 def test_dynamic_dimensions_cancel_in_shape_arithmetic() -> None:
