@@ -27,7 +27,7 @@ class InsertQdq:
 
     Why: precision lives in the graph and nowhere else; TensorRT turns DQ-op patterns into low-precision kernels.
     Before: ``y = Conv(x, w)``. After: ``y = Conv(DQ(Q(x)), DQ(w_int8))``; the pair on ``x`` is shared by all readers of that format (P9).
-    Declines a whole region when: a scale is missing (NO_SCALE), or an anchor named by the plan is not in the graph (NO_NODE).
+    Declines when: a region lacks a scale (NO_SCALE) or an anchor (NO_NODE); then nothing of it is quantized.
     Options: plan, the PrecisionPlan to obey.
     See: rules P1, P4, P9, R5, R13 in ``deploycc.core.rules``.
     """
