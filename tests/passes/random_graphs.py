@@ -81,7 +81,8 @@ class Builder:
 
 def convolution(b: Builder, draw: Draw) -> None:
     if len(b.shape) != 3:
-        return relu(b, draw)
+        relu(b, draw)
+        return
     kernel, groups = draw(st.sampled_from([(3, 1), (1, 2), (3, 4), (1, 1)]))  # type: ignore[misc]
     padding = draw(st.sampled_from([1, 0])) if kernel == 3 and b.shape[1] >= 3 else int(kernel == 3)
     weight = b.weights(4, 4 // groups, kernel, kernel)
@@ -103,7 +104,8 @@ def convolution(b: Builder, draw: Draw) -> None:
 
 def normalization(b: Builder, draw: Draw) -> None:
     if len(b.shape) == 2:
-        return layernorm(b, draw)
+        layernorm(b, draw)
+        return
     channels = b.shape[0]
     gamma, beta, mean = (b.rng.integers(-8, 9, channels) / 8 for _ in range(3))
     variance = b.rng.integers(4, 16, channels) / 8
@@ -116,7 +118,8 @@ def normalization(b: Builder, draw: Draw) -> None:
 def product(b: Builder, draw: Draw) -> None:
     rows = b.shape[-1]
     if len(b.shape) == 3:
-        return flatten(b, draw)
+        flatten(b, draw)
+        return
     weight, shift = b.weights(4, rows), b.weights(4)
     gain = float(np.abs(weight).sum(axis=1).max())
     if len(b.shape) == 1 and draw(st.booleans()):

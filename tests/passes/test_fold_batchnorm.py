@@ -24,7 +24,7 @@ def tensor(name: str, *shape: int) -> str:
 
 def test_before_and_expected() -> None:
     before = graph(
-        """(float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {3}, float[1] c = {1}, float[1] g = {4}, float[1] b = {5}, 
+        """(float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {3}, float[1] c = {1}, float[1] g = {4}, float[1] b = {5},
         float[1] m = {2}, float[1] v = {3.75}> { a = Conv(x, w, c) y = BatchNormalization<epsilon=0.25>(a, g, b, m, v) }"""
     )
     expected = graph("(float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w = {6}, float[1] c = {3}> { y = Conv(x, w, c) }")
