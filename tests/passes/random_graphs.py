@@ -73,6 +73,7 @@ class Builder:
         outputs = ", ".join(
             f"{self.dtype}[{','.join('?' * (1 + rank))}] {name}" for name, rank in [("y", len(self.shape)), *self._tapped()]
         )
+        ranks = [("y", len(self.shape)), *self._tapped()]
         return f"({self.dtype}[N,4,4,4] x) => ({outputs}) <{', '.join(self.constants) or f'{self.dtype} unused = {{0}}'}> {{ {' '.join(self.lines)} }}"
 
     def _tapped(self) -> list[tuple[str, int]]:
