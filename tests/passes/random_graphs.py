@@ -70,11 +70,10 @@ class Builder:
     def text(self) -> str:
         """Return the graph; taps and the last value are its outputs."""
         self.lines.append(f"y = {self.last}({self.value})")
-        outputs = ", ".join(
-            f"{self.dtype}[{','.join('?' * (1 + rank))}] {name}" for name, rank in [("y", len(self.shape)), *self._tapped()]
-        )
         ranks = [("y", len(self.shape)), *self._tapped()]
-        return f"({self.dtype}[N,4,4,4] x) => ({outputs}) <{', '.join(self.constants) or f'{self.dtype} unused = {{0}}'}> {{ {' '.join(self.lines)} }}"
+        outputs = ", ".join(f"{self.dtype}[{','.join('?' * (1 + rank))}] {name}" for name, rank in ranks)
+        constants = ", ".join(self.constants) or f"{self.dtype} unused = {{0}}"
+        return f"({self.dtype}[N,4,4,4] x) => ({outputs}) <{constants}> {{ {' '.join(self.lines)} }}"
 
     def _tapped(self) -> list[tuple[str, int]]:
         return [(name, int(rank)) for name, rank in (t.split(":") for t in self.taps)]
