@@ -142,3 +142,15 @@ def test_every_format_runs_and_none_needs_a_reason():
     assert cpu.unsupported_reason(CPU, FP8) == cpu.unsupported_reason(CPU, BF16) == ""
     assert cpu.resolve(CPU) == CPU
     assert cpu.doctor()["available"] is True
+
+
+@pytest.mark.parametrize("code", [ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN])
+def test_relu_before_quantization_is_kept(code):
+    """ONNX Runtime's own optimizer drops it before FP8, whose codes know negative numbers."""
+    body = "s = Constant<value = float {0.03125}>() r = Relu(x) q = QuantizeLinear(r, s, z) y = DequantizeLinear(q, s, z)"
+    model = ir.from_onnx_text(model_text(body, inputs="float[N,4] x, uint8 z", outputs="float[N,4] y"))
+    zero = model.graph.inputs.pop()
+    zero.type, zero.const_value = ir.TensorType(code), ir.tensor(np.zeros((), code.numpy()), name="z")
+    model.graph.register_initializer(zero)
+    negative = np.array([[-1.0, -0.5, 0.5, 1.0]], np.float32)
+    np.testing.assert_array_equal(OnnxRuntime().executor(model)({"x": negative})["y"], [[0.0, 0.0, 0.5, 1.0]])
