@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.graph import FLOAT_TYPES, add_initializer, constant
+from deploycc.core.graph import FLOAT_TYPES, add_initializer, constant, fresh_name, taken_names
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
+from deploycc.core.quantizers import largest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from deploycc.core.plan import PrecisionPlan
 
 # Ops that TensorRT computes well in 16 bits. Everything else (Pow, Exp, Log, sums of squares, comparisons) stays in FP32.
@@ -27,6 +30,7 @@ SIXTEEN_BIT_OPS = frozenset({
 # fmt: on
 # Operands that the standard types as float32 whatever the type of the data.
 _FLOAT32_OPERANDS = {"Resize": {1, 2}}
+_RETYPED = FLOAT_TYPES - {ir.DataType.DOUBLE}
 _MASK_READERS = frozenset({"Add", "Where", "Max", "Min", "Clip", "Pad"})
 
 
@@ -36,7 +40,8 @@ class InsertCasts:
 
     Why: strongly typed networks (TensorRT 11, TensorRT-RTX) take types from the graph; an uncast graph runs in FP32.
     Before: ``y = Relu(Conv(x, w))``. After: ``y = Cast_fp32(Relu(Conv(Cast_fp16(x), w_fp16)))``; inputs and outputs keep their types.
-    Declines when: a weight exceeds the largest FP16 number, so that its op stays in FP32 (RANGE); the op has subgraphs (SUBGRAPH).
+    Declines when: a weight exceeds the largest FP16 number, so that its op stays in FP32 (RANGE); the op has subgraphs (SUBGRAPH),
+    whose bodies keep their types.
     Options: plan, which holds the base format and the FP32 islands with their reasons.
     See: rules R7, S9, X5, N1 and D1 in ``deploycc.core.rules``.
     """
@@ -47,13 +52,17 @@ class InsertCasts:
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Edit ``model``; see the class."""
-        if self.plan.base.bits == 32:
+        if self.plan.base.bits == 32 and not any(v.dtype in _RETYPED - {ir.DataType.FLOAT} for v in _values(model.graph)):
             return PassResult()
         caster = _Caster(model.graph, self.plan)
         for node in list(model.graph):
             caster.retype(node)
         caster.restore_outputs()
         return PassResult(tuple(caster.rewrites), tuple(caster.declines))
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs))
 
 
 class _Caster:
@@ -63,31 +72,33 @@ class _Caster:
         self.graph, self.plan = graph, plan
         self.low: ir.DataType = getattr(ir.DataType, plan.base.onnx_type)
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.original: dict[ir.Value, ir.DataType] = {}
+        self.node_names, self.value_names = {n.name or "" for n in graph}, taken_names(graph)
         self.output_types = [(v, v.dtype) for v in graph.outputs]
         self.rewrites: list[Rewrite] = []
         self.declines: list[Decline] = []
 
     def retype(self, node: ir.Node) -> None:
         """Give one node operands of one float type, and set the type of its outputs."""
-        if node.op_type == "Cast":  # It takes any type; rounding before a Cast to integers would change the integers.
+        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+            self._restore_operands(node)
+            return
+        floats = {i: v for i, v in enumerate(node.inputs) if v is not None and v.dtype in _RETYPED}
+        # A Cast takes any type, and rounding before one to integers would change the integers.
+        if node.op_type == "Cast" or not floats:
             return
         wanted = self.low if self._goes_low(node) else ir.DataType.FLOAT
-        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-            self._protect_captures(node)
-        for i, value in enumerate(node.inputs):
-            if value is None or value.dtype not in FLOAT_TYPES or value.dtype == ir.DataType.DOUBLE:
-                continue
+        for i, value in floats.items():
             type_here = ir.DataType.FLOAT if i in _FLOAT32_OPERANDS.get(node.op_type, ()) else wanted
             if value.dtype != type_here:
                 node.replace_input_with(i, self._cast(value, type_here))
-        changed = False
-        for value in node.outputs:
-            if value.dtype in {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} and value.dtype != wanted:
-                value.type, changed = ir.TensorType(wanted), True
+        changed = [v for v in node.outputs if v.dtype in _RETYPED and v.dtype != wanted]
+        for value in changed:
+            self.original[value] = value.dtype or ir.DataType.FLOAT
+            value.type = ir.TensorType(wanted)
         if changed and wanted == self.low:
-            self.rewrites.append(
-                Rewrite(node.name or "", f"computes in {self.plan.base.name}", f"one rounding to {self.plan.base.name} per value")
-            )
+            name = self.plan.base.name
+            self.rewrites.append(Rewrite(node.name or "", f"computes in {name}", f"one rounding to {name} per value"))
 
     def _goes_low(self, node: ir.Node) -> bool:
         if node.op_type not in SIXTEEN_BIT_OPS or node.domain not in ("", "ai.onnx") or (node.name or "") in self.plan.islands:
@@ -112,8 +123,8 @@ class _Caster:
         if array is not None:
             self.casts[value, dtype] = self._cast_constant(value, array, dtype)
             return self.casts[value, dtype]
-        stem = f"{value.name}_{dtype.name.lower()}"
-        node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{stem}_Cast")
+        stem = fresh_name(f"{value.name}_{dtype.name.lower()}", self.value_names)
+        node = ir.node("Cast", [value], {"to": int(dtype)}, name=fresh_name(f"{stem}_Cast", self.node_names))
         out = node.outputs[0]
         out.name, out.type, out.shape = stem, ir.TensorType(dtype), value.shape
         producer = value.producer()
@@ -126,20 +137,21 @@ class _Caster:
 
     def _cast_constant(self, value: ir.Value, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
         wide = array.astype(np.float32)
-        if dtype == ir.DataType.FLOAT16:
-            # Masks use the lowest float32 as minus infinity; in FP16 the lowest finite number means the same.
-            wide = np.where(np.isfinite(wide), np.clip(wide, -65504.0, 65504.0), wide)
+        if dtype == self.low:
+            # Masks use the lowest float32 as minus infinity; in 16 bits the lowest finite number means the same.
+            limit = largest(self.plan.base)
+            wide = np.where(np.isfinite(wide), np.clip(wide, -limit, limit), wide)
         return add_initializer(self.graph, f"{value.name}_{dtype.name.lower()}", wide.astype(dtype.numpy()), dtype)
 
-    def _protect_captures(self, node: ir.Node) -> None:
-        """Let subgraphs read FP32 copies of what they capture, as their bodies are not retyped."""
-        self.declines.append(Decline(node.name or "", "SUBGRAPH", "the bodies of control flow stay in FP32"))
-        for inner in ir.traversal.RecursiveGraphIterator(self.graph):
-            if inner.graph is self.graph:
-                continue
-            for i, value in enumerate(inner.inputs):
-                if value is not None and value.graph is self.graph and value.dtype == self.low:
-                    inner.replace_input_with(i, self._cast(value, ir.DataType.FLOAT))
+    def _restore_operands(self, node: ir.Node) -> None:
+        """Let control flow read values of their original types, as operands and as captures of its bodies, which stay as they are."""
+        self.declines.append(Decline(node.name or "", "SUBGRAPH", "the bodies of control flow stay as they are"))
+        bodies = [a.value if a.type == ir.AttributeType.GRAPH else list(a.value) for a in node.attributes.values()]
+        graphs = [g for body in bodies if isinstance(body, (ir.Graph, list)) for g in (body if isinstance(body, list) else [body])]
+        for reader in (node, *(inner for g in graphs if isinstance(g, ir.Graph) for inner in ir.traversal.RecursiveGraphIterator(g))):
+            for i, value in enumerate(reader.inputs):
+                if value is not None and value in self.original:
+                    reader.replace_input_with(i, self._cast(value, self.original[value]))
 
     def restore_outputs(self) -> None:
         """Give every graph output the type it had."""
@@ -147,8 +159,8 @@ class _Caster:
             if dtype is None or value.dtype == dtype or dtype not in FLOAT_TYPES:
                 continue
             name = value.name
-            value.name = f"{name}_{self.plan.base.name}"
-            node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{name}_Cast")
+            value.name = fresh_name(f"{name}_{self.plan.base.name}", self.value_names)
+            node = ir.node("Cast", [value], {"to": int(dtype)}, name=fresh_name(f"{name}_Cast", self.node_names))
             node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, ir.TensorType(dtype), value.shape
             self.graph.append(node)
             self.graph.outputs[position] = node.outputs[0]

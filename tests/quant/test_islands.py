@@ -23,7 +23,8 @@ def islands(model: ir.Model) -> dict[str, str]:
 
 def test_what_lies_between_a_weighted_op_and_an_index() -> None:
     model = graph(
-        "(float[N,32] x) => (int64[N,1] y, float[N,32] z) { m = MatMul(x, w) s = Sigmoid(m) t = Mul(m, k) u = Tanh(t) y = ArgMax<axis=1>(u) z = Relu(t) }",
+        """(float[N,32] x) => (int64[N,1] y, float[N,32] z)
+        { m = MatMul(x, w) s = Sigmoid(m) t = Mul(m, k) u = Tanh(t) y = ArgMax<axis=1>(u) z = Relu(t) }""",
         w=weight(32, 32),
         k=np.float32(2.0),
     )

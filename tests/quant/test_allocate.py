@@ -1,0 +1,230 @@
+"""The integer program: as good as brute force, within its bounds, monotone, quick, and clear about what cannot be met."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deploycc.core.budget import Budget
+from deploycc.core.errors import BudgetError
+from deploycc.core.formats import FP8, FP16, INT8, Format
+from deploycc.core.plan import Assignment, Region
+from deploycc.quant.allocate import DEFAULT_BITS, DEFAULT_LATENCY_SLACK, allocate, uniform
+
+law = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+FORMATS = (INT8, FP8)
+Table = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Regions with their figures."""
+
+    regions: tuple[Region, ...]
+    noise: Table
+    latency: Table
+    formats: tuple[Format, ...] = FORMATS
+
+    def solve(self, budget: Budget, noise_bound: float | None = None) -> tuple[Assignment, ...]:
+        return allocate(self.regions, self.formats, FP16, noise=self.noise, latency=self.latency, budget=budget, noise_bound=noise_bound)
+
+    def figures(self, formats: tuple[Format, ...]) -> dict[str, float]:
+        pairs = list(zip(self.regions, formats, strict=True))
+        return {
+            "noise": sum(self.noise[r.name].get(f.name, 0.0) for r, f in pairs),
+            "latency": sum(self.latency[r.name][f.name] for r, f in pairs),
+            "bits": sum(r.parameters * f.bits for r, f in pairs),
+        }
+
+    def every(self) -> list[dict[str, float]]:
+        allowed = [(FP16, *(f for f in self.formats if f.name in r.formats)) for r in self.regions]
+        return [self.figures(chosen) for chosen in itertools.product(*allowed)]
+
+    def bounds(self, budget: Budget, noise_bound: float | None) -> dict[str, float]:
+        """The documented meaning of a budget, written out once more."""
+        parameters, found = sum(r.parameters for r in self.regions), self.every()
+        bounds = {"noise": math.inf if noise_bound is None else noise_bound, "bits": math.inf, "latency": math.inf}
+        if budget.bits is not None:
+            bounds["bits"] = budget.bits * parameters
+        elif budget.size is None and not budget.bounds_error:
+            bounds["bits"] = max(DEFAULT_BITS * parameters, min(f["bits"] for f in found))
+        if budget.size is not None:
+            bounds["bits"] = min(bounds["bits"], budget.size * parameters * 16)
+        if budget.latency is not None:
+            bounds["latency"] = budget.latency * sum(self.latency[r.name]["fp16"] for r in self.regions)
+        elif noise_bound is None:
+            bounds["latency"] = DEFAULT_LATENCY_SLACK * min(f["latency"] for f in found)
+        return bounds
+
+    def optimum(self, budget: Budget, noise_bound: float | None) -> float | None:
+        bounds = self.bounds(budget, noise_bound)
+        quantity = "noise" if noise_bound is None else "latency"
+        return min((f[quantity] for f in self.every() if all(f[k] <= b * (1 + 1e-9) for k, b in bounds.items())), default=None)
+
+
+def region(name: str, parameters: int, formats: tuple[str, ...] = ("int8", "fp8")) -> Region:
+    return Region(name, "conv", (name,), (name,), (), formats=formats, rules=() if formats else ("S2",), parameters=parameters)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    regions, noise, latency = [], {}, {}
+    for i in range(draw(st.integers(1, 6))):
+        formats = draw(st.sampled_from([("int8", "fp8"), ("int8",), ("fp8",), ()]))
+        regions.append(region(f"r{i}", draw(st.integers(0, 5000)), formats))
+        noise[f"r{i}"] = {f: draw(st.sampled_from([0.0, 1.0, 3.0])) * 10.0 ** draw(st.integers(-9, 0)) for f in formats}
+        latency[f"r{i}"] = {f: draw(st.integers(1, 400)) / 10 for f in ("fp16", "int8", "fp8")}
+    return Problem(tuple(regions), noise, latency)
+
+
+BUDGETS = st.one_of(
+    st.just((Budget(), None)),
+    st.builds(lambda b: (Budget(bits=b), None), st.floats(7.5, 17)),
+    st.builds(lambda s: (Budget(size=s), None), st.floats(0.4, 1.1)),
+    st.builds(lambda t: (Budget(latency=t), None), st.floats(0.05, 1.2)),
+    st.builds(lambda b, t: (Budget(bits=b, latency=t), None), st.floats(7.5, 17), st.floats(0.05, 1.2)),
+    st.builds(lambda e: (Budget(sqnr=-10 * e), 10.0**e), st.floats(-9, 0)),
+    st.builds(lambda e, b: (Budget(sqnr=-10 * e, bits=b), 10.0**e), st.floats(-9, 0), st.floats(7.5, 17)),
+    st.builds(lambda e, t: (Budget(accuracy_drop=1.0, latency=t), 10.0**e), st.floats(-9, 0), st.floats(0.05, 1.2)),
+)
+
+
+@law
+@given(problems(), BUDGETS)
+def test_equals_brute_force(problem: Problem, asked: tuple[Budget, float | None]) -> None:
+    budget, noise_bound = asked
+    best = problem.optimum(budget, noise_bound)
+    if best is None:
+        with pytest.raises(BudgetError):
+            problem.solve(budget, noise_bound)
+        return
+    chosen = problem.solve(budget, noise_bound)
+    assert [a.region for a in chosen] == list(problem.regions)
+    assert all(a.format == FP16 or a.format.name in a.region.formats for a in chosen)
+    figures = problem.figures(tuple(a.format for a in chosen))
+    for name, bound in problem.bounds(budget, noise_bound).items():
+        assert figures[name] <= bound * (1 + 1e-6)
+    quantity = "noise" if noise_bound is None else "latency"
+    worst = max(f[quantity] for f in problem.every())
+    assert figures[quantity] <= best * (1 + 1e-5) + 1e-8 * worst
+
+
+@pytest.mark.parametrize("large", [1.0, 1e6])
+def test_a_hopeless_region_does_not_blur_the_others(large: float) -> None:
+    """The solver's own tolerance is absolute, so one huge figure must not hide the small ones."""
+    noise = {"bad": {"int8": large}, **{f"r{i}": {"int8": (i + 1) * 1e-6} for i in range(6)}}
+    regions = (region("bad", 1000, ("int8",)), *(region(f"r{i}", 1000, ("int8",)) for i in range(6)))
+    latency = {r.name: {"fp16": 2.0, "int8": 2.0} for r in regions}
+    chosen = Problem(regions, noise, latency).solve(Budget(bits=16 - 8 * 3 / 7))
+    assert {a.region.name for a in chosen if a.format == INT8} == {"r0", "r1", "r2"}
+
+
+def test_a_bound_of_zero_noise_keeps_what_is_exact() -> None:
+    problem = Problem(
+        (region("a", 10, ("int8",)), region("b", 10, ("int8",))),
+        {"a": {"int8": 0.0}, "b": {"int8": 1e-9}},
+        {n: {"fp16": 2.0, "int8": 1.0} for n in "ab"},
+    )
+    assert [a.format for a in problem.solve(Budget(sqnr=300), 0.0)] == [INT8, FP16]
+
+
+def test_equal_noise_is_decided_by_time() -> None:
+    problem = Problem((region("a", 10),), {"a": {"int8": 0.0, "fp8": 0.0}}, {"a": {"fp16": 3.0, "int8": 2.0, "fp8": 1.9}})
+    assert [a.format for a in problem.solve(Budget(latency=1.0))] == [FP8]
+
+
+@pytest.mark.parametrize(
+    ("budget", "noise_bound", "message"),
+    [
+        (Budget(bits=7), None, "no plan reaches 1.4e+04 bits of weights; the least possible is 1.6e+04. Where: --budget bits<=7."),
+        (Budget(size=0.4), None, "no plan reaches 1.28e+04 bits of weights; the least possible is 1.6e+04"),
+        (Budget(latency=0.1), None, "no plan reaches 2 microseconds (estimated); the least possible is 10"),
+        (Budget(sqnr=30, latency=0.5), 1e-3, "no plan meets all bounds at once, though each can be met alone"),
+    ],
+)
+def test_what_cannot_be_met_is_named_with_the_best_possible(budget: Budget, noise_bound: float | None, message: str) -> None:
+    names = ("a", "b")
+    problem = Problem(
+        tuple(region(n, 1000) for n in names),
+        {n: {"int8": 0.1, "fp8": 0.2} for n in names},
+        {n: {"fp16": 10.0, "int8": 5.0, "fp8": 6.0} for n in names},
+    )
+    with pytest.raises(BudgetError) as caught:
+        problem.solve(budget, noise_bound)
+    assert message in str(caught.value)
+    assert "Fix: relax that bound, or allow more formats by another --target." in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+@law
+@given(problems(), st.floats(8, 16), st.floats(0, 4))
+def test_a_looser_budget_is_never_worse(problem: Problem, bits: float, more: float) -> None:
+    def noise(bound: float) -> float:
+        try:
+            chosen = problem.solve(Budget(bits=bound, latency=2.0))
+        except BudgetError:
+            return math.inf
+        return problem.figures(tuple(a.format for a in chosen))["noise"]
+
+    tight = noise(bits)
+    assert noise(bits + more) <= (tight * (1 + 1e-5) + 1e-12)
+
+
+@pytest.mark.parametrize(("budget", "noise_bound"), [(Budget(), None), (Budget(bits=7), None), (Budget(sqnr=30), 1e-3)])
+def test_500_regions_of_six_formats_take_about_a_second(budget: Budget, noise_bound: float | None) -> None:
+    rng = np.random.default_rng(0)
+    widths = {"int8": 8, "fp8": 8, "f6": 6, "f5": 5, "f4": 4}
+    formats = tuple({"int8": INT8, "fp8": FP8}.get(n) or Format(n, b, "INT4", 7.0) for n, b in widths.items())
+    regions = tuple(region(f"r{i}", int(rng.integers(1000, 1_000_000)), tuple(widths)) for i in range(500))
+    base = {r.name: rng.uniform(5, 50) for r in regions}
+    latency = {
+        r.name: {"fp16": base[r.name], **{n: base[r.name] * b / 16 * rng.uniform(0.9, 1.1) for n, b in widths.items()}} for r in regions
+    }
+    noise = {r.name: {n: 10 ** rng.uniform(-7, -4) * 4.0 ** (8 - b) for n, b in widths.items()} for r in regions}
+    problem = Problem(regions, noise, latency, formats)
+    start = time.process_time()
+    chosen = problem.solve(budget, noise_bound)
+    spent = time.process_time() - start
+    assert len(chosen) == 500
+    assert spent < 2.0
+
+
+class TestReasons:
+    def problem(self) -> Problem:
+        regions = (region("a", 8000), region("b", 1000), region("c", 10, ()))
+        noise = {"a": {"int8": 1e-6, "fp8": 1e-5}, "b": {"int8": 0.1, "fp8": 0.2}, "c": {}}
+        return Problem(regions, noise, {r.name: {"fp16": 4.0, "int8": 2.0, "fp8": 2.5} for r in regions})
+
+    def test_say_what_was_weighed(self) -> None:
+        chosen = self.problem().solve(Budget(bits=10, latency=1.0))
+        assert [a.reason for a in chosen] == [
+            "int8: saves an estimated 2.00 us and 8000 bytes for -60.0 dB of noise",
+            "kept in fp16: quantizing would add -10.0 dB of noise, more than it saves is worth under the budget",
+            "only fp16 is allowed here by S2",
+        ]
+        assert [a.rules for a in chosen] == [("X3",), ("X3",), ("S2",)]
+        assert chosen[0].noise == {"int8": 1e-6, "fp8": 1e-5}
+
+    def test_say_so_where_the_error_is_bounded(self) -> None:
+        chosen = self.problem().solve(Budget(sqnr=20), 1e-2)
+        assert chosen[0].reason.endswith("of noise (least time within the error bound)")
+
+    def test_of_a_uniform_plan(self) -> None:
+        problem = self.problem()
+        assert [(a.format.name, a.reason) for a in uniform(problem.regions, INT8, FP16, problem.noise)] == [
+            ("int8", "--precision int8"),
+            ("int8", "--precision int8"),
+            ("fp16", "int8 is excluded here by S2"),
+        ]
+        assert {a.reason for a in uniform(problem.regions, FP16, FP16, {})} == {"the base format fp16"}
+
+
+def test_no_regions_no_decisions() -> None:
+    assert allocate((), FORMATS, FP16, noise={}, latency={}, budget=Budget(bits=1), noise_bound=None) == ()
