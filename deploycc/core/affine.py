@@ -51,8 +51,9 @@ class Link:
 
     @property
     def is_pointwise(self) -> bool:
-        """Return whether the link only scales and shifts channels."""
-        return all(k == 1 for k in self.geometry.kernel) and self.geometry.groups == self.geometry.inputs == self.geometry.outputs
+        """Return whether the link scales and shifts channels in a node that is no kernel of its own."""
+        own = self.geometry
+        return self.nodes[0].op_type != "Conv" and all(k == 1 for k in own.kernel) and own.groups == own.inputs == own.outputs
 
 
 def read_convolution(node: ir.Node) -> Link | Refusal | None:

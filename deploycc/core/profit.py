@@ -1,7 +1,8 @@
 """The profit gate of merging: what a candidate costs before and after, and when it is refused.
 
 Cost is counted per position of the final output. A candidate that more than doubles multiplications or parameters is refused
-outright; below that, a roofline of one machine decides, and alternatives within three percent keep the original.
+outright; below that, a roofline of one machine decides, and an alternative within three percent keeps the original, unless it has
+fewer bytes to move and no more of anything else.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class Gate:
         time = roofline(self.machine, macs=geometry.macs * positions, peak=self.machine.half, moved=_WIDTH * elements)
         return Cost(geometry.macs * times, geometry.parameters, _WIDTH * elements, time)
 
-    def pointwise(self, geometry: Geometry, *, times: int = 1) -> Cost:
+    def pointwise(self, geometry: Geometry, *, times: int = 1, parameters: int = 0) -> Cost:
         """Return the cost of reading one more operand in a kernel that is there anyway."""
         moved = float(_WIDTH * (self.batch * self.positions * times * geometry.outputs))
         time = roofline(self.machine, macs=0, peak=self.machine.half, moved=moved) - self.machine.launch
-        return Cost(0.0, 0, moved, time)
+        return Cost(0.0, parameters, moved, time)
 
 
 def gate(arch: str, batch: int, positions: int | None) -> Gate:
@@ -86,8 +87,9 @@ def refusal(before: Cost, after: Cost) -> Refusal | None:
 
 
 def tie(before: Cost, after: Cost) -> Refusal | None:
-    """Return the refusal of a candidate that is not estimated to be at least three percent faster."""
-    if after.microseconds < TIE * before.microseconds:
+    """Return the refusal of a candidate that is not estimated to be at least three percent faster, unless it saves and costs nothing."""
+    grows = after.macs > before.macs or after.parameters > before.parameters or after.moved >= before.moved
+    if after.microseconds < TIE * before.microseconds or not grows:
         return None
     return Refusal("COST", f"no gain: {described(before, after)}")
 
