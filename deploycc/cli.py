@@ -11,6 +11,8 @@ import typer
 from deploycc import __version__
 from deploycc.core.errors import DeployccError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="deploycc",
     no_args_is_help=True,
@@ -147,9 +149,10 @@ def main() -> None:
 
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # This is what Typer makes of Ctrl-C.
+            print("interrupted: nothing was written", file=sys.stderr)
+        raise
 
 
 def _escaped(text: str) -> str:
