@@ -6,12 +6,14 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploycc.core.errors import UsageError
+from deploycc.core.errors import DeployccError, UsageError
 from deploycc.core.shapes import parse_shape
 
 if TYPE_CHECKING:
@@ -54,7 +56,17 @@ def _module(source: str) -> Any:
         )
     from torch import nn
 
-    made = _timm(name) if kind == "timm" else _function(kind, name, source)()
+    make = partial(_timm, name) if kind == "timm" else _function(kind, name, source)
+    try:
+        made = make()
+    except DeployccError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"'{source}' failed with {type(error).__name__}: {error}",
+            at="SOURCE",
+            fix="name a function without arguments that returns the module",
+        ) from error
     if not isinstance(made, nn.Module):
         raise UsageError(
             f"'{source}' gave a {type(made).__name__}, not an nn.Module",
@@ -67,13 +79,15 @@ def _module(source: str) -> Any:
 def _function(place: str, name: str, source: str) -> Callable[[], Any]:
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (ImportError, OSError, SyntaxError) as error:
+    except DeployccError:
+        raise
+    except Exception as error:  # Importing runs the user's code, which may raise anything.
         raise UsageError(
             f"'{place}' cannot be imported: {error}", at=f"SOURCE {source}", fix="check the path and that its imports are installed"
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
-        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         raise UsageError(
             f"'{place}' has no function '{name}'", at=f"SOURCE {source}", fix=f"its functions are {', '.join(names) or 'none'}"
         )
@@ -83,10 +97,12 @@ def _function(place: str, name: str, source: str) -> Callable[[], Any]:
 def _from_file(path: Path) -> Any:
     if not path.exists():
         raise UsageError(f"{path} does not exist", at="SOURCE", fix="check the path")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"deploycc_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Dataclasses look their module up.
     spec.loader.exec_module(module)
     return module
 
@@ -129,9 +145,16 @@ def _load_weights(module: Any, path: Path) -> None:
         )
     if not path.exists():
         raise UsageError(f"{path} does not exist", at="--weights", fix="check the path")
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+    try:
+        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+    except (RuntimeError, SafetensorError) as error:
+        first = " ".join(str(error).split())
+        raise UsageError(
+            f"the weights cannot be loaded: {first}", at=f"--weights {path}", fix="use weights of this very architecture"
+        ) from error
     if missing or unexpected:
         raise UsageError(
             f"the weights do not fit: {len(missing)} missing (first {missing[:3]}), {len(unexpected)} unknown (first {unexpected[:3]})",

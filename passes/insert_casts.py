@@ -43,7 +43,7 @@ class InsertCasts:
     Declines when: a weight exceeds the largest FP16 number, so that its op stays in FP32 (RANGE); the op has subgraphs (SUBGRAPH),
     whose bodies keep their types.
     Options: plan, which holds the base format and the FP32 islands with their reasons.
-    See: rules R7, S9, X5, N1 and D1 in ``deploycc.core.rules``.
+    See: rules R7, S9, N1 and D1 in ``deploycc.core.rules``.
     """
 
     plan: PrecisionPlan = field(repr=False)

@@ -27,7 +27,7 @@ RULES: dict[str, str] = {
     "S7": "FP8 attention is fused for head sizes above 8 and up to 256.",
     "S9": "LayerNorm and softmax compute in floating point; in FP32 where their range asks for it.",
     "F1": "Attention is quantized at all four operands (Q, K, softmax output, V) or not at all.",
-    "F4": "The softmax output lies in 0..1: its FP8 scale is 1/448, its INT8 scale 1/127.",
+    "F4": "The softmax output lies in 0..1: its FP8 scale is 1/448; in INT8 it is calibrated.",
     "X3": "One format per fusable region.",
     "X4": "A format that the architecture lacks is refused before calibration.",
     "T1": "TensorRT computes ConvTranspose and 3-D convolution in floating point even between Q/DQ.",
