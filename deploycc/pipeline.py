@@ -196,15 +196,7 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
     for engine in engines:
         for text in (*audit.warnings_of(findings[str(engine.target)], engine), *engine.warnings):
             job.warn(text)
-    graph = job.imported.model.graph
-    report.model = {
-        "path": request.model.name,
-        "sha256": digest_file(request.model),
-        "nodes": len(graph),
-        "parameters": sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None),
-        "profiles": [str(p) for p in job.profiles],
-        "outputs": [v.name for v in graph.outputs],
-    }
+    report.model = _model_row(job)
     report.request = {
         "precision": request.precision,
         "targets": [str(t) for t in job.targets],
@@ -226,6 +218,18 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
     }
     write_manifest(folder, inputs=inputs, options={**report.request, "profiles": report.model["profiles"]})
     write_reports(folder, report)
+
+
+def _model_row(job: Job) -> dict[str, Any]:
+    graph = job.imported.model.graph
+    return {
+        "path": job.request.model.name,
+        "sha256": digest_file(job.request.model),
+        "nodes": len(graph),
+        "parameters": sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None),
+        "profiles": [str(p) for p in job.profiles],
+        "outputs": [v.name for v in graph.outputs],
+    }
 
 
 def _engine_row(engine: Engine, folder: Path) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from small_graphs import random, transformer
 
 from deploycc.core.errors import BudgetError, UsageError
 from deploycc.core.plan import PrecisionPlan
@@ -139,6 +141,18 @@ def test_fp8_makes_convolutions_fp8(case: Case) -> None:
     """The first convolution has one input channel and stays in FP16 (S3)."""
     counts = case.report("fp8", ADA)["engines"][0]["counts"]
     assert (counts["conv_fp8"], counts["conv_fp16"]) == (8, 1)
+
+
+@pytest.mark.parametrize(("precision", "target"), [("int8", AMPERE), ("fp8", ADA)])
+def test_attention_is_realised_with_every_operand(tmp_path: Path, precision: str, target: str) -> None:
+    """F1: both products of the core, and the projections that read one value."""
+    onnx.save(ir.serde.serialize_model(transformer()), tmp_path / "m.onnx")
+    np.savez(tmp_path / "m.calib.npz", x=random(8, 16, 64))
+    report, _ = build(BuildRequest(tmp_path / "m.onnx", precision, targets=(target,), out=tmp_path / "out", shapes=("x=1:4:8",)))
+    rows = {r["kind"]: r for r in report.regions}
+    assert rows["attention"]["format"] == precision
+    assert {r["name"]: r["realised"][target]["verdict"] for r in report.regions} == dict.fromkeys((r["name"] for r in report.regions), "ok")
+    assert report.verification[0]["sqnr_db"] > 25
 
 
 def test_mixed_meets_the_default_bits(case: Case) -> None:

@@ -115,22 +115,25 @@ def analyse(
     analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest)
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions)
-    if not formats:
-        return analysis
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
-    values = list(dict.fromkeys(v for r in eligible for v in (*r.activations, *r.residuals)))
-    with stage("calibrate"):
-        analysis.statistics = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
-    analysis.scales = scales_of(analysis.statistics, eligible, formats, base, softmax=_softmax_outputs(model))
-    if choose:
-        macs = sum(r.macs for r in analysis.regions) * max(1, len(eligible)) * len(formats)
-        low, high = SCORING_SAMPLES
-        samples = int(min(max(SCORING_BUDGET / max(macs, 1), low), high))
+    if formats:
+        values = list(dict.fromkeys(v for r in eligible for v in (*r.activations, *r.residuals)))
+        with stage("calibrate"):
+            analysis.statistics = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
+        analysis.scales = scales_of(analysis.statistics, eligible, formats, base, softmax=_softmax_outputs(model))
+    if formats and choose:
+        few = data.take(_scoring_samples(analysis.regions, runs=len(eligible) * len(formats)))
         with stage("score"):
             analysis.scores = measure_noise(
-                model, analysis.regions, formats, analysis.scales, data.take(samples), reference=reference, batch=batch, progress=progress
+                model, analysis.regions, formats, analysis.scales, few, reference=reference, batch=batch, progress=progress
             )
     return analysis
+
+
+def _scoring_samples(regions: Sequence[Region], *, runs: int) -> int:
+    """Return how many samples ``runs`` passes over the model may take within the budget of arithmetic."""
+    low, high = SCORING_SAMPLES
+    return int(min(max(SCORING_BUDGET / max(sum(r.macs for r in regions) * max(1, runs), 1), low), high))
 
 
 def scales_of(
