@@ -88,17 +88,18 @@ class _Caster:
         if node.op_type == "Cast" or not floats:
             return
         wanted = self.low if self._goes_low(node) else ir.DataType.FLOAT
-        for i, value in floats.items():
-            type_here = ir.DataType.FLOAT if i in _FLOAT32_OPERANDS.get(node.op_type, ()) else wanted
-            if value.dtype != type_here:
-                node.replace_input_with(i, self._cast(value, type_here))
+        types = {i: ir.DataType.FLOAT if i in _FLOAT32_OPERANDS.get(node.op_type, ()) else wanted for i in floats}
+        wrong = {i: v for i, v in floats.items() if v.dtype != types[i]}
+        for i, value in wrong.items():
+            node.replace_input_with(i, self._cast(value, types[i]))
         changed = [v for v in node.outputs if v.dtype in _RETYPED and v.dtype != wanted]
         for value in changed:
             self.original[value] = value.dtype or ir.DataType.FLOAT
             value.type = ir.TensorType(wanted)
-        if changed and wanted == self.low:
-            name = self.plan.base.name
-            self.rewrites.append(Rewrite(node.name or "", f"computes in {name}", f"one rounding to {name} per value"))
+        if changed or wrong:
+            name = self.plan.base.name if wanted == self.low else "fp32"
+            proof = f"one rounding to {name} per value" if name != "fp32" else "exact"
+            self.rewrites.append(Rewrite(node.name or "", f"computes in {name}", proof))
 
     def _goes_low(self, node: ir.Node) -> bool:
         if node.op_type not in SIXTEEN_BIT_OPS or node.domain not in ("", "ai.onnx") or (node.name or "") in self.plan.islands:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from deploycc.core.graph import add_initializer, constant, fresh_name, is_constant, taken_names
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
 from deploycc.core.placement import weight_axis
-from deploycc.core.quantizers import quantize_weight
+from deploycc.core.quantizers import quantize_weight, scale_like
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ class _Writer:
         stem = f"{value.name}_{format.name}"
         key = (value.name or "", format.name)
         if key not in self.pairs:
-            scale = add_initializer(self.graph, f"{stem}_scale", np.array(self._scale(value, format), np.float32))
+            scale = add_initializer(self.graph, f"{stem}_scale", scale_like(_dtype(value), self._scale(value, format) or 0.0))
             zero = self._zero(f"{stem}_zero_point", format)
             quantize = self._node("QuantizeLinear", [value, scale, zero], stem, value)
             quantize.outputs[0].type = ir.TensorType(getattr(ir.DataType, format.onnx_type))
@@ -120,7 +120,7 @@ class _Writer:
         if key not in self.weights:
             codes, scale = quantize_weight(weight, axis=axis, format=format, base=self.plan.base)
             stored = add_initializer(self.graph, stem, codes, getattr(ir.DataType, format.onnx_type))
-            scales = add_initializer(self.graph, f"{stem}_scale", scale)
+            scales = add_initializer(self.graph, f"{stem}_scale", scale_like(weight.dtype, scale))
             zero = self._zero(f"{stem}_zero_point", format, scale.shape)
             node = self._node("DequantizeLinear", [stored, scales, zero], stem, value, {"axis": axis})
             self.graph.insert_before(self.graph[0], node)
@@ -136,6 +136,10 @@ class _Writer:
         node.outputs[0].name = fresh_name(f"{stem}_{'q' if op == 'QuantizeLinear' else 'dq'}", self.value_names)
         node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
         return node
+
+
+def _dtype(value: ir.Value) -> np.dtype:
+    return np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
 
 
 def _is_dequantized(value: ir.Value) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from small_graphs import random, transformer
+from small_graphs import graph, random, transformer, weight
 
 from deploycc.core.errors import BudgetError, UsageError
 from deploycc.core.plan import PrecisionPlan
@@ -153,6 +153,19 @@ def test_attention_is_realised_with_every_operand(tmp_path: Path, precision: str
     assert rows["attention"]["format"] == precision
     assert {r["name"]: r["realised"][target]["verdict"] for r in report.regions} == dict.fromkeys((r["name"] for r in report.regions), "ok")
     assert report.verification[0]["sqnr_db"] > 25
+
+
+@pytest.mark.parametrize(("precision", "target"), [("int8", AMPERE), ("mixed", ADA), ("fp8", "onnxruntime")])
+def test_models_that_come_in_fp16(tmp_path: Path, precision: str, target: str) -> None:
+    text = "(float16[N,32] x) => (float16[N,16] y) { h = MatMul(x, w) a = Add(h, b) r = Relu(a) e = Exp(r) y = MatMul(e, u) }"
+    constants = {"w": weight(32, 48), "b": weight(48), "u": weight(48, 16) / 8}
+    onnx.save(ir.serde.serialize_model(graph(text, **{k: v.astype(np.float16) for k, v in constants.items()})), tmp_path / "m.onnx")
+    np.savez(tmp_path / "m.calib.npz", x=random(16, 32).astype(np.float16))
+    report, directory = build(BuildRequest(tmp_path / "m.onnx", precision, targets=(target,), out=tmp_path / "out", shapes=("x=1:4:8",)))
+    onnx.checker.check_model(str(directory / "model.onnx"), full_check=True)
+    assert report.verification[0]["sqnr_db"] > 25
+    assert {r["realised"][target]["verdict"] for r in report.regions} <= {"ok", "unknown"}
+    assert sum(r["format"] in {"int8", "fp8"} for r in report.regions) == 2
 
 
 def test_mixed_meets_the_default_bits(case: Case) -> None:

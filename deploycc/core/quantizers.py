@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from deploycc.core.formats import INT8, Format
+from deploycc.core.formats import FORMATS, INT8, Format
 
 SCALE_FLOOR = {"fp32": 1e-12, "fp16": 1e-6, "bf16": 1e-12}
 _SCALE_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -32,6 +32,12 @@ def largest_code(format: Format) -> float:
 def activation_scale(limit: float, format: Format, base: Format) -> float:
     """Return the per-tensor scale that maps ``limit`` to the largest code: ``limit / max_value``."""
     return float(round_scale(limit / largest_code(format), base))
+
+
+def scale_like(values: np.dtype, scale: np.ndarray | float) -> np.ndarray:
+    """Return ``scale`` in the type of the values it scales (rule R7): a model may come in 16 bits."""
+    base = next(FORMATS[name] for name, dtype in _SCALE_TYPES.items() if dtype == values)
+    return round_scale(scale, base).astype(values)
 
 
 def quantize_weight(weight: np.ndarray, *, axis: int, format: Format, base: Format) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from deploycc.core.formats import FP32, Format
 from deploycc.core.graph import add_initializer, constant
 from deploycc.core.placement import weight_axis
-from deploycc.core.quantizers import decode, quantize_weight
+from deploycc.core.quantizers import decode, quantize_weight, scale_like
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -158,9 +158,10 @@ def _quantized_operand(graph: ir.Graph, node: ir.Node, i: int, format: Format, s
     if weight is not None:
         axis = weight_axis(node)
         codes, scale = quantize_weight(weight, axis=axis, format=format, base=FP32)
-        return add_initializer(graph, f"{value.name}_{format.name}_{node.name}", decode(codes, scale, axis=axis))
+        return add_initializer(graph, f"{value.name}_{format.name}_{node.name}", decode(codes, scale, axis=axis).astype(weight.dtype))
     stem, code_type = f"{node.name}_{i}_{format.name}", getattr(ir.DataType, format.onnx_type)
-    scale_value = add_initializer(graph, f"{stem}_scale", np.array(scales[value.name or ""][format.name], np.float32))
+    like = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
+    scale_value = add_initializer(graph, f"{stem}_scale", scale_like(like, scales[value.name or ""][format.name]))
     zero = add_initializer(graph, f"{stem}_zero", np.zeros((), code_type.numpy()), code_type)
     quantize = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{stem}_q")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{stem}_dq")

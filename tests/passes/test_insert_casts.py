@@ -158,7 +158,11 @@ class TestIslands:
             "FLOAT16 y_fp16 = Relu(c_float16)",
             "FLOAT y = Cast(y_fp16)",
         ]
-        assert [r.anchor for r in record.rewrites] == ["n_a", "n_y"]
+        assert [(r.anchor, r.what, r.proof) for r in record.rewrites] == [
+            ("n_a", "computes in fp16", "one rounding to fp16 per value"),
+            ("n_b", "computes in fp32", "exact"),
+            ("n_y", "computes in fp16", "one rounding to fp16 per value"),
+        ]
 
     @pytest.mark.parametrize("op", ["Exp", "Log", "Pow", "ReduceSum", "CumSum"])
     def test_ops_that_are_not_safe_in_16_bits(self, op: str) -> None:
