@@ -115,7 +115,7 @@ def passes(long: Annotated[bool, typer.Option("--long", help="Print each pass's 
 
     from deploycc import registry
 
-    for phase in ("canonicalize", "quantize", "lower"):
+    for phase in registry.PHASES:
         for name, cls in registry.passes(phase):
             text = inspect.getdoc(cls) or ""
             print(f"{phase:13} {name:22} {text if long else text.splitlines()[0] if text else ''}")

@@ -23,5 +23,5 @@ def examine() -> str:
             target = Target(name, (arch,) if arch else ())
             native = backend.formats(target)
             lines.append(f"  {target!s:22} " + " ".join(f.name if f in native else "·" * len(f.name) for f in FORMATS.values()))
-    lines.append("passes: " + ", ".join(f"{len(registry.passes(p))} {p}" for p in ("canonicalize", "quantize", "lower")))
+    lines.append("passes: " + ", ".join(f"{len(registry.passes(p))} {p}" for p in registry.PHASES))
     return "\n".join(lines)

@@ -59,7 +59,9 @@ def build(request: BuildRequest, watch: Watcher | None = None) -> tuple[BuildRep
 
 
 def _canonicalize(job: Job) -> Artefact:
-    model, records = run(job.imported.model, [cls() for _, cls in registry.passes("canonicalize")], contract=CANONICAL)
+    phases = ("canonicalize", "prepare") if job.formats else ("canonicalize",)
+    chosen = [cls() for phase in phases for _, cls in registry.passes(phase)]
+    model, records = run(job.imported.model, chosen, contract=CANONICAL)
     job.report.passes = [asdict(r) for r in records]
     return Artefact(model, Stage.CANONICAL, job.imported)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PASSES, BACKENDS = "deploycc.passes", "deploycc.backends"
+PHASES = ("canonicalize", "prepare", "quantize", "lower")
 
 
 def entries(group: str) -> dict[str, EntryPoint]:

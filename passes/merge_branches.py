@@ -57,7 +57,7 @@ class MergeBranches:
     batch: int = 8
 
     phase: ClassVar[Phase] = "canonicalize"
-    after: ClassVar[tuple[str, ...]] = ("fold-constants", "eliminate-identity", "fold-batchnorm")
+    after: ClassVar[tuple[str, ...]] = ("fold-constants", "eliminate-identity", "fold-batchnorm", "fold-layerscale", "fold-pad")
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Merge the branches of every sum until nothing changes, inner sums first."""

@@ -63,7 +63,14 @@ class MergeConvolutions:
     batch: int = 8
 
     phase: ClassVar[Phase] = "canonicalize"
-    after: ClassVar[tuple[str, ...]] = ("fold-constants", "eliminate-identity", "fold-batchnorm")
+    after: ClassVar[tuple[str, ...]] = (
+        "fold-constants",
+        "eliminate-identity",
+        "fold-batchnorm",
+        "fold-layerscale",
+        "fold-pad",
+        "merge-branches",
+    )
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Merge until nothing changes, then say why the remaining neighbours were left alone."""

@@ -69,7 +69,7 @@ def build(
         BackendError: with the meaning of the builder's message, the ONNX node where it is known, and what to do.
     """
     # Imported here because the child imports this module too, and the graph library would cost it time and memory.
-    from deploycc.core.backend import BuildOptions, Engine
+    from deploycc.core.backend import Engine
 
     if importlib.util.find_spec(module) is None:
         raise BackendError(

@@ -73,6 +73,8 @@ def judge(links: Sequence[Link], gate: Gate, *, times: Sequence[int]) -> Span | 
     for link, each in zip(links, times, strict=True):
         before += gate.kernel(link.geometry, times=each)
     after = gate.kernel(merged, times=times[-1])
+    if not merged.rank and after.macs >= before.macs:
+        return Refusal("COST", f"a bottleneck: the product would multiply {before.macs:,.0f} to {after.macs:,.0f} times")
     return profit.refusal(before, after) or profit.tie(before, after) or Span(tuple(links), before, after)
 
 

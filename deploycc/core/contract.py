@@ -80,6 +80,7 @@ def activations_are_per_tensor(model: ir.Model) -> Iterator[str]:
 
 
 _SOUND = (nodes_have_unique_names, values_are_defined, functions_are_inlined)
+SOUND = Contract("sound", _SOUND)
 CANONICAL = Contract("canonical", _SOUND)
 QUANTIZED = Contract("quantized", (*_SOUND, scales_are_sound, activations_are_per_tensor))
 LOWERED = Contract("lowered", (*_SOUND, scales_are_sound, activations_are_per_tensor))

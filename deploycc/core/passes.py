@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
-from deploycc.core.contract import Contract, violations
+from deploycc.core.contract import SOUND, Contract, violations
 from deploycc.core.errors import ContractError, DeployccError
 from deploycc.core.graph import remove_unused_initializers
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-Phase = Literal["canonicalize", "quantize", "lower"]
+Phase = Literal["canonicalize", "prepare", "quantize", "lower"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Pass(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """What the report says of one pass."""
+    """What the report says of one pass; ``rolled_back`` says why its rewrites were undone, if they were."""
 
     spec: str
     seconds: float
@@ -76,37 +76,66 @@ class PassRecord:
     nodes_after: int
     rewrites: tuple[Rewrite, ...] = field(default=())
     declines: tuple[Decline, ...] = field(default=())
+    rolled_back: str = ""
 
 
-def run(model: ir.Model, passes: Sequence[Pass], *, contract: Contract) -> tuple[ir.Model, list[PassRecord]]:
+class Instrument(Protocol):
+    """Watches passes from outside: writes graphs down, or compares them."""
+
+    def after(self, each: Pass, before: ir.Model, result: ir.Model) -> str:
+        """Look at one modified graph; return why it must be rolled back, or an empty string."""
+        ...
+
+
+class PassCrashed(ContractError):
+    """A pass raised an exception; ``each`` and ``model`` (the graph it was given) reproduce it."""
+
+    def __init__(self, each: Pass, model: ir.Model, error: Exception) -> None:
+        super().__init__(
+            f"the pass {each!r} failed with {type(error).__name__}: {error}",
+            at=f"a graph of {model.graph.num_nodes()} nodes",
+            fix="report it with the model; the build directory was left as it was",
+        )
+        self.each, self.model = each, model
+
+
+def run(
+    model: ir.Model, passes: Sequence[Pass], *, contract: Contract, instruments: Sequence[Instrument] = ()
+) -> tuple[ir.Model, list[PassRecord]]:
     """Apply ``passes`` in order to a clone of ``model`` and check ``contract`` on the result.
 
+    Each pass is a transaction: it works on a clone, which replaces the graph only if the pass reports rewrites, the result is
+    sound, and no instrument objects. Otherwise it is rolled back, and its record says why.
+
     Raises:
-        ContractError: if a pass crashes or leaves a broken graph, naming the pass; the given model is untouched.
+        PassCrashed: if a pass raises; the given model is untouched.
+        ContractError: if the final graph breaks ``contract``.
     """
     current, records = model, []
     for each in passes:
-        attempt = current.clone()
-        before, start = current.graph.num_nodes(), time.perf_counter()
-        try:
-            result = each(attempt)
-        except DeployccError:
-            raise
-        except Exception as error:
-            raise ContractError(
-                f"the pass {each!r} failed with {type(error).__name__}: {error}",
-                at=f"a graph of {before} nodes",
-                fix="report it with the model; the build directory was left as it was",
-            ) from error
+        current, record = _transact(current, each, instruments)
+        records.append(record)
+    check(current, contract, at=f"the result of {len(passes)} passes")
+    return current, records
+
+
+def _transact(current: ir.Model, each: Pass, instruments: Sequence[Instrument]) -> tuple[ir.Model, PassRecord]:
+    attempt, before, start = current.clone(), current.graph.num_nodes(), time.perf_counter()
+    try:
+        result = each(attempt)
         if result.modified:
             attempt.graph.sort()
             remove_unused_initializers(attempt.graph)
-            current = attempt
-        records.append(
-            PassRecord(repr(each), time.perf_counter() - start, before, current.graph.num_nodes(), result.rewrites, result.declines)
-        )
-    check(current, contract, at=f"the result of {len(passes)} passes")
-    return current, records
+    except DeployccError:
+        raise
+    except Exception as error:
+        raise PassCrashed(each, current, error) from error
+    seconds, objection = time.perf_counter() - start, ""
+    if result.modified:
+        objection = "; ".join(violations(attempt, SOUND)) or next(filter(None, (i.after(each, current, attempt) for i in instruments)), "")
+    kept = attempt if result.modified and not objection else current
+    rewrites = () if objection else result.rewrites
+    return kept, PassRecord(repr(each), seconds, before, kept.graph.num_nodes(), rewrites, result.declines, objection)
 
 
 def check(model: ir.Model, contract: Contract, *, at: str) -> None:

@@ -32,6 +32,8 @@ RULES: dict[str, str] = {
     "X4": "A format that the architecture lacks is refused before calibration.",
     "T1": "TensorRT computes ConvTranspose and 3-D convolution in floating point even between Q/DQ.",
     "T2": "The scale of an activation is a scalar: with shape [1], TensorRT-RTX 1.7 builds an engine that computes in floating point.",
+    "T3": "A joint q/k/v projection is split before it is quantized: TensorRT-RTX takes it apart itself and dequantizes its weights.",
+    "X5": "Casts at the borders of 16-bit islands cost time: as few as possible.",
     "D1": "What reaches comparisons and indices stays in FP32.",
     "N1": "A value that came near the largest FP16 number in calibration stays in FP32.",
 }

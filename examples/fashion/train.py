@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
@@ -20,10 +21,24 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
-EPOCHS = {"vit": 14, "cnn": 12}
-PEAK_RATE = {"vit": 1.5e-3, "cnn": 4e-3}
-BATCH = 128
 CALIBRATION_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One one-cycle schedule: epochs, peak rate, largest shift in pixels, a trained model to learn from."""
+
+    epochs: int
+    rate: float
+    shift: int
+    teacher: str | None = None
+    batch: int = 128
+
+
+CYCLES = {
+    "cnn": (Cycle(12, 4e-3, shift=2),),
+    "vit": (Cycle(12, 2e-3, shift=1, teacher="cnn", batch=256),),
+}
 
 
 def read_split(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -35,38 +50,48 @@ def read_split(name: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def augment(images: Tensor) -> Tensor:
-    """Flip half of the images and shift each batch by up to two pixels."""
+def augment(images: Tensor, shift: int) -> Tensor:
+    """Flip half of the images and shift the batch by up to ``shift`` pixels."""
     flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
-    rows, columns = (int(torch.randint(-2, 3, ())) for _ in range(2))
-    padded = nn.functional.pad(flipped, (2, 2, 2, 2))
-    return padded[..., 2 + rows : 30 + rows, 2 + columns : 30 + columns]
+    rows, columns = (int(torch.randint(-shift, shift + 1, ())) for _ in range(2))
+    padded = nn.functional.pad(flipped, (shift,) * 4)
+    return padded[..., shift + rows : shift + 28 + rows, shift + columns : shift + 28 + columns]
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
     """Return the share of right answers in percent."""
     model.eval()
-    logits = [model(torch.from_numpy(part) / 255.0) for part in np.array_split(images, 20)]
+    logits = [model(torch.from_numpy(part.copy()) / 255.0) for part in np.array_split(images, 20)]
     return float((torch.cat(logits).argmax(1).numpy() == labels).mean() * 100)
 
 
 def train(name: str) -> nn.Module:
-    """Train one model from scratch with AdamW and a one-cycle rate, in bfloat16 where the CPU has it."""
+    """Train one model from scratch and keep its weights beside this file."""
     torch.manual_seed(0)
+    model = getattr(models, name)()
+    for cycle in CYCLES[name]:
+        run(name, model, cycle)
+    torch.save(model.state_dict(), HERE / f"{name}.pt")
+    return model
+
+
+def run(name: str, model: nn.Module, cycle: Cycle) -> None:
+    """Run one cycle with AdamW, in bfloat16 where the CPU has it."""
     images, labels = read_split("train")
     pixels, targets = torch.from_numpy(images.copy()), torch.from_numpy(labels)
-    model = getattr(models, name)()
-    steps = EPOCHS[name] * (len(pixels) // BATCH)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE[name], weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE[name], total_steps=steps)
-    for epoch in range(EPOCHS[name]):
+    teacher = load_teacher(cycle.teacher)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=cycle.rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, cycle.rate, total_steps=cycle.epochs * (len(pixels) // cycle.batch))
+    for epoch in range(cycle.epochs):
         model.train()
         start, order = time.perf_counter(), torch.randperm(len(pixels))
-        for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
+        for chosen in order[: len(order) // cycle.batch * cycle.batch].split(cycle.batch):
+            batch = augment(pixels[chosen] / 255.0, cycle.shift)
             with torch.autocast("cpu", torch.bfloat16):
-                logits = model(augment(pixels[chosen] / 255.0))
-            loss = nn.functional.cross_entropy(logits.float(), targets[chosen], label_smoothing=0.1)
+                logits = model(batch).float()
+                wanted = teacher(batch).float() if teacher else None
+            loss = objective(logits, targets[chosen], wanted)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -74,7 +99,24 @@ def train(name: str) -> nn.Module:
             schedule.step()
         score = accuracy(model, *read_split("t10k"))
         print(f"{name} epoch {epoch + 1}: {score:.2f} %, {time.perf_counter() - start:.0f} s", flush=True)
-    return model
+
+
+def objective(logits: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
+    """Return smoothed cross-entropy, or half of it and half the divergence from the teacher's distribution."""
+    plain = nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    if wanted is None:
+        return plain
+    divergence = nn.functional.kl_div(logits.log_softmax(1), wanted.detach().softmax(1), reduction="batchmean")
+    return 0.5 * plain + divergence
+
+
+def load_teacher(name: str | None) -> nn.Module | None:
+    """Return a trained model in evaluation mode."""
+    if name is None:
+        return None
+    teacher = getattr(models, name)().eval().requires_grad_(False)
+    teacher.load_state_dict(torch.load(HERE / f"{name}.pt", weights_only=True))
+    return teacher
 
 
 def export(name: str, model: nn.Module) -> None:
@@ -100,7 +142,7 @@ def write_data() -> None:
     images, labels = read_split("train")
     chosen = np.random.default_rng(0).choice(len(images), CALIBRATION_IMAGES, replace=False)
     calibration = images[chosen].astype(np.float32) / 255
-    for name in EPOCHS:
+    for name in CYCLES:
         np.savez_compressed(HERE / f"{name}.calib.npz", image=calibration)
     images, labels = read_split("t10k")
     np.savez_compressed(HERE / "eval.npz", image=images.astype(np.float32) / 255, labels=labels)
@@ -108,7 +150,5 @@ def write_data() -> None:
 
 if __name__ == "__main__":
     write_data()
-    for name in sys.argv[1:] or EPOCHS:
-        trained = train(name)
-        torch.save(trained.state_dict(), HERE / f"{name}.pt")
-        export(name, trained)
+    for name in sys.argv[1:] or CYCLES:
+        export(name, train(name))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
+from merge_fragments import MERGEABLE, convolutions, layers, padded, parallel, scaled, shared
 
 Draw = Callable[[st.SearchStrategy[object]], object]
 
@@ -250,14 +251,30 @@ FRAGMENTS = (
     tap,
     layernorm,
     gelu,
+    *MERGEABLE,
 )
 
 
+# What a pass works on, where that is one fragment of many.
+TOWARD = {
+    "fold-layerscale": scaled,
+    "fold-pad": padded,
+    "fuse-layernorm": layernorm,
+    "lower-shared-kernel": shared,
+    "merge-branches": parallel,
+    "merge-convolutions": convolutions,
+    "merge-linears": layers,
+}
+
+
 @st.composite
-def graphs(draw: Draw, largest: int = 6) -> tuple[str, float]:
-    """Draw the text of a graph in FP32, and a bound on its rounding error in units of eps."""
+def graphs(draw: Draw, largest: int = 6, toward: str = "") -> tuple[str, float]:
+    """Draw the text of a graph in FP32, and a bound on its rounding error in units of eps; ``toward`` is a pass that it is to occupy."""
     builder = Builder(np.random.default_rng(draw(st.integers(0, 2**16))), "float")  # type: ignore[call-overload]
-    for fragment in draw(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=largest)):  # type: ignore[attr-defined]
+    chosen = [*draw(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=largest - 3 * (toward in TOWARD)))]  # type: ignore[misc]
+    if toward in TOWARD:
+        chosen.insert(draw(st.integers(0, 1)), TOWARD[toward])  # type: ignore[call-overload]
+    for fragment in chosen:
         fragment(builder, draw)
     # A bound that lets a wrong result pass tests nothing.
     assume(builder.unrounded * np.finfo(np.float32).eps < 1e-4)

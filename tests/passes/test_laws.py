@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pass_graphs import compute, execute, graph
 from random_graphs import graphs
 
@@ -76,8 +77,9 @@ def assert_meaning_kept(before: ir.Model, after: ir.Model, bound: float) -> None
 
 @each_pass
 @law
-@given(drawn=graphs())
-def test_keeps_meaning_and_contract(name: str, drawn: tuple[str, float]) -> None:
+@given(data=st.data())
+def test_keeps_meaning_and_contract(name: str, data: st.DataObject) -> None:
+    drawn = data.draw(graphs(toward=name))
     before = graph(drawn[0])
     after, _ = run(prepared(name, before), [CANONICAL_PASSES[name]()], contract=CANONICAL)
     assert [(v.name, v.type, v.shape) for v in after.graph.outputs] == [(v.name, v.type, v.shape) for v in before.graph.outputs]
@@ -94,8 +96,9 @@ def test_all_of_them_keep_meaning_and_contract(drawn: tuple[str, float]) -> None
 
 @each_pass
 @law
-@given(drawn=graphs())
-def test_is_honest_about_changes(name: str, drawn: tuple[str, float]) -> None:
+@given(data=st.data())
+def test_is_honest_about_changes(name: str, data: st.DataObject) -> None:
+    drawn = data.draw(graphs(toward=name))
     model = prepared(name, graph(drawn[0]))
     after, result = directly(CANONICAL_PASSES[name](), model)
     assert result.modified == (digest_of(after) != digest_of(model))
@@ -106,8 +109,9 @@ def test_is_honest_about_changes(name: str, drawn: tuple[str, float]) -> None:
 
 @each_pass
 @law
-@given(drawn=graphs())
-def test_is_idempotent_and_deterministic(name: str, drawn: tuple[str, float]) -> None:
+@given(data=st.data())
+def test_is_idempotent_and_deterministic(name: str, data: st.DataObject) -> None:
+    drawn = data.draw(graphs(toward=name))
     model = prepared(name, graph(drawn[0]))
     each = CANONICAL_PASSES[name]()
     (once, first), (again, second) = directly(each, model), directly(each, model)
@@ -129,8 +133,9 @@ def test_the_pipeline_leaves_its_input_alone(drawn: tuple[str, float]) -> None:
 
 @each_pass
 @law
-@given(drawn=graphs())
-def test_explains_its_declines(name: str, drawn: tuple[str, float]) -> None:
+@given(data=st.data())
+def test_explains_its_declines(name: str, data: st.DataObject) -> None:
+    drawn = data.draw(graphs(toward=name))
     each = CANONICAL_PASSES[name]()
     documented = set(re.findall(r"\b[A-Z][A-Z0-9_]+(?=[:,])", (type(each).__doc__ or "").split("Declines when:")[1]))
     for decline in directly(each, prepared(name, graph(drawn[0])))[1].declines:
@@ -143,7 +148,7 @@ def test_the_laws_are_not_vacuous(name: str) -> None:
     counts: list[int] = []
 
     @law
-    @given(drawn=graphs())
+    @given(drawn=graphs(toward=name))
     def count(drawn: tuple[str, float]) -> None:
         counts.append(len(directly(CANONICAL_PASSES[name](), prepared(name, graph(drawn[0])))[1].rewrites))
 
