@@ -24,10 +24,14 @@ app = typer.Typer(
     "3 a contract was broken, 4 the backend failed, 5 a budget was missed.",
 )
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model: ONNX, opset 11 to 23, external data beside it.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model: ONNX, opset 7 to 23, external data beside it.")]
 ShapeOption = Annotated[
     list[str] | None,
-    typer.Option("--shape", metavar="NAME=MIN:OPT:MAX", help="Shapes of a dynamic input, e.g. image=1x3x224x224:8x3x224x224:16x3x224x224, or image=1:8:16 for the batch alone."),
+    typer.Option(
+        "--shape",
+        metavar="NAME=MIN:OPT:MAX",
+        help="Shapes of a dynamic input, e.g. image=1x3x224x224:8x3x224x224:16x3x224x224, or image=1:8:16 for the batch alone.",
+    ),
 ]
 
 
@@ -44,16 +48,43 @@ def root(
 @app.command()
 def build(
     model: ModelPath,
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, fp8, or mixed: the format of each region chosen by its measured effect.")] = "fp16",
-    data: Annotated[str | None, typer.Option(metavar="DATA", help="Calibration data: .npz, .npy, a directory of them, or synthetic:N. MODEL.calib.npz beside the model is found by itself.")] = None,
-    eval: Annotated[str | None, typer.Option("--eval", metavar="DATA", help="Labelled data (an array 'labels') for the accuracy before and after.")] = None,
-    target: Annotated[list[str] | None, typer.Option(metavar="T", help="tensorrt[:sm_XX], tensorrt-rtx[:sm_XX[+sm_YY]] or onnxruntime; repeat for several engines. Default: tensorrt with a GPU, else tensorrt-rtx ahead of time.")] = None,
-    budget: Annotated[str, typer.Option(metavar="B", help="Bounds: sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, latency<=0.7x; several with commas.")] = "",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, int8, fp8, or mixed: the format of each region chosen by its measured effect.")
+    ] = "fp16",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Calibration data: .npz, .npy, a directory of them, or synthetic:N. MODEL.calib.npz beside the model is found by itself.",
+        ),
+    ] = None,
+    eval: Annotated[
+        str | None, typer.Option("--eval", metavar="DATA", help="Labelled data (an array 'labels') for the accuracy before and after.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="T",
+            help="tensorrt[:sm_XX], tensorrt-rtx[:sm_XX[+sm_YY]] or onnxruntime; repeat for several engines. "
+            "Default: tensorrt with a GPU, else tensorrt-rtx ahead of time.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(metavar="B", help="Bounds: sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, latency<=0.7x; several with commas."),
+    ] = "",
     shape: ShapeOption = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Build directory; default MODEL.deploycc. A previous build there is replaced when this one is complete.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Build directory; default MODEL.deploycc. A previous build there is replaced when this one is complete."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of synthetic data.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to calibrate on synthetic data.")] = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Kill an engine build after this long; default by the number of nodes.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Kill an engine build after this long; default by the number of nodes.")
+    ] = None,
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Workspace of the target in MiB; default: the builder's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors.")] = False,
 ) -> None:
@@ -62,10 +93,9 @@ def build(
     Writes a directory with model.onnx, plan.json, scores.json, report.md, report.html, report.json, manifest.json and engines/.
 
     Examples:
-
         deploycc build vit.onnx --precision mixed
 
-        deploycc build vit.onnx --precision int8 --data calib.npz --eval test.npz --budget "accuracy-drop<=0.5" --target tensorrt-rtx:sm_80 --target tensorrt-rtx:sm_89
+        deploycc build vit.onnx --precision int8 --data calib.npz --eval test.npz --budget "accuracy-drop<=0.5" --target tensorrt-rtx:sm_89
     """
     from rich.console import Console
 
@@ -92,7 +122,9 @@ def build(
 def export(
     source: Annotated[str, typer.Argument(help="timm:NAME, package.module:function or file.py:function; a function returns an nn.Module.")],
     out: Annotated[Path, typer.Option(metavar="MODEL.onnx", help="Where to write the model.")],
-    weights: Annotated[Path | None, typer.Option(metavar="W.safetensors", help="Weights to load; without them the module keeps its own (random for timm).")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="W.safetensors", help="Weights to load; without them the module keeps its own (random for timm).")
+    ] = None,
     shape: ShapeOption = None,
     opset: Annotated[int, typer.Option(help="Opset of the export.")] = 20,
 ) -> None:

@@ -21,7 +21,13 @@ class LiveView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), BarColumn(24), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<28}"),
+            BarColumn(24),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+        )
         self.bars = Progress(*columns, console=console, transient=False)
         self.task: TaskID | None = None
 

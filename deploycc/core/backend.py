@@ -19,7 +19,7 @@ Feeds = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Options of one engine build: seconds until the child is killed (None: by the size of the graph), and the target's workspace in bytes."""
+    """Options of one engine build: seconds until the child is killed (None: by the graph's size), and the target's workspace in bytes."""
 
     timeout: float | None = None
     workspace: int | None = None

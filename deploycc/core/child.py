@@ -53,7 +53,10 @@ def call(entry: str, request: Mapping[str, Any], *, timeout: float) -> dict[str,
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-m", "deploycc.core.child", str(exchange)],
-                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
             try:

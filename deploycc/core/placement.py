@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from deploycc.core.graph import attribute
+from deploycc.core.graph import attribute, rank
 
 
 def weight_axis(node: ir.Node) -> int:
@@ -15,6 +15,4 @@ def weight_axis(node: ir.Node) -> int:
         return 1
     if node.op_type == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
-    weight = node.inputs[1]
-    assert weight is not None and weight.shape is not None
-    return len(weight.shape) - 1
+    return (rank(node.inputs[1]) or 2) - 1

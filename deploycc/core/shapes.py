@@ -35,7 +35,9 @@ def parse_shape(text: str) -> tuple[str, list[Shape]]:
     """
     match = re.fullmatch(r"(.+?)=(\d+(?:x\d+)*(?::\d+(?:x\d+)*){0,2})", text)
     if not match:
-        raise UsageError(f"cannot read the shape '{text}'", at="--shape", fix="write NAME=MIN:OPT:MAX, e.g. image=1x3x224x224:8x3x224x224:16x3x224x224")
+        raise UsageError(
+            f"cannot read the shape '{text}'", at="--shape", fix="write NAME=MIN:OPT:MAX, e.g. image=1x3x224x224:8x3x224x224:16x3x224x224"
+        )
     shapes = [tuple(int(d) for d in part.split("x")) for part in match[2].split(":")]
     if len(shapes) == 2:
         raise UsageError(f"'{text}' has two shapes", at="--shape", fix="give one shape, or the three MIN:OPT:MAX")
@@ -55,7 +57,9 @@ def profiles_for(inputs: Sequence[ir.Value], requested: Sequence[str]) -> tuple[
     names = {v.name: v for v in inputs}
     for name in wanted:
         if name not in names:
-            raise UsageError(f"the model has no input '{name}'", at=f"--shape {name}=...", fix=f"its inputs are {', '.join(sorted(filter(None, names)))}")
+            raise UsageError(
+                f"the model has no input '{name}'", at=f"--shape {name}=...", fix=f"its inputs are {', '.join(sorted(filter(None, names)))}"
+            )
     profiles, notes = [], []
     for value in inputs:
         profile, note = _profile(value, wanted)
@@ -69,7 +73,9 @@ def _profile(value: ir.Value, wanted: Mapping[str, list[Shape]]) -> tuple[Profil
     dims = [d if isinstance(d, int) and d > 0 else None for d in value.shape] if value.shape is not None else None
     if dims is None:
         if name not in wanted:
-            raise UsageError(f"the input '{name}' has no declared rank", at=f"input '{name}'", fix=f"give --shape {name}=MIN:OPT:MAX with full shapes")
+            raise UsageError(
+                f"the input '{name}' has no declared rank", at=f"input '{name}'", fix=f"give --shape {name}=MIN:OPT:MAX with full shapes"
+            )
         shapes = wanted[name]
         return Profile(name, *(shapes * 3 if len(shapes) == 1 else shapes)), []
     if name in wanted:
@@ -89,17 +95,28 @@ def _profile(value: ir.Value, wanted: Mapping[str, list[Shape]]) -> tuple[Profil
         )
     rest = tuple(d for d in dims[1:] if d is not None)
     profile = Profile(name, *((batch, *rest) for batch in DEFAULT_BATCH))
-    return profile, [f"the batch of '{name}' is dynamic: the engine serves 1 to {DEFAULT_BATCH[2]} (best at {DEFAULT_BATCH[1]}); change it with --shape {profile}"]
+    low, usual, high = DEFAULT_BATCH
+    return profile, [
+        f"the batch of '{name}' is dynamic: the engine serves {low} to {high} (best at {usual}); change it with --shape {profile}"
+    ]
 
 
 def _expand(shape: Shape, dims: Sequence[int | None], name: str) -> Shape:
     if len(shape) == 1 and len(dims) > 1 and None not in dims[1:]:
         shape = (shape[0], *(d for d in dims[1:] if d is not None))
     if len(shape) != len(dims):
-        raise UsageError(f"the shape {'x'.join(map(str, shape))} has {len(shape)} dimensions, the input has {len(dims)}", at=f"--shape {name}=...", fix="give every dimension")
+        raise UsageError(
+            f"the shape {'x'.join(map(str, shape))} has {len(shape)} dimensions, the input has {len(dims)}",
+            at=f"--shape {name}=...",
+            fix="give every dimension",
+        )
     for axis, (asked, declared) in enumerate(zip(shape, dims, strict=True)):
         if declared is not None and asked != declared:
-            raise UsageError(f"dimension {axis} of '{name}' is fixed to {declared}, not {asked}", at=f"--shape {name}=...", fix=f"use {declared} there, or export the model with that dimension dynamic")
+            raise UsageError(
+                f"dimension {axis} of '{name}' is fixed to {declared}, not {asked}",
+                at=f"--shape {name}=...",
+                fix=f"use {declared} there, or export the model with that dimension dynamic",
+            )
     return shape
 
 

@@ -85,9 +85,7 @@ class FashionCNN(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(2)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(2))
         steps = [(widths[0], widths[0], 1), (widths[0], widths[1], 2), (widths[1], widths[2], 2)]
         self.stages = nn.Sequential(*(ResidualBlock(*step) for step in steps))
         self.head = nn.Linear(widths[2], 10)

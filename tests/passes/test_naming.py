@@ -7,7 +7,20 @@ import pytest
 
 from deploycc.core.passes import Pass
 
-VERBS = {"canonicalize", "eliminate", "fold", "fuse", "insert", "legalize", "lower", "merge", "reparameterize", "replace", "decompose"}
+VERBS = {
+    "split",
+    "canonicalize",
+    "eliminate",
+    "fold",
+    "fuse",
+    "insert",
+    "legalize",
+    "lower",
+    "merge",
+    "reparameterize",
+    "replace",
+    "decompose",
+}
 PARTS = ["Why:", "Before / After:", "Declines when:", "Options:", "See:"]
 OWN = [e for e in entry_points(group="deploycc.passes") if e.value.startswith("passes.")]
 
