@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     arguments = parser.parse_args()
     head = "model precision regions bits SQNR_dB estimated_latency MHA mismatches warnings"
-    table = Table(*head.split(), *"command_s calibration_s calib/fwd score_s engines_s peak_MB".split())
+    table = Table(*head.split(), *["command_s", "calibration_s", "calib/fwd", "score_s", "engines_s", "peak_MB"])
     with tempfile.TemporaryDirectory() as name:
         for model in arguments.models:
             path, data = Path(name, f"{model}.onnx"), f"synthetic:{arguments.samples}"
