@@ -108,7 +108,7 @@ def _from_file(path: Path) -> Any:
 
 
 def _timm(name: str) -> Any:
-    _declare_torchvision_operators()
+    declare_torchvision_operators()
     try:
         import timm
     except ImportError as error:
@@ -120,7 +120,7 @@ def _timm(name: str) -> Any:
     return timm.create_model(name, pretrained=False)
 
 
-def _declare_torchvision_operators() -> None:
+def declare_torchvision_operators() -> None:
     """Let torchvision import beside a CPU build of torch, whose binary lacks the operators that torchvision registers fakes for."""
     import torch
 
