@@ -20,6 +20,7 @@ check:
 	lint-imports
 
 docs:
+	deploycc passes --markdown > docs/passes.md
 	$(PYTHON) -m pip install -q -c constraints.txt -e ".[docs]"
 	mkdocs build --strict --site-dir build/site
 

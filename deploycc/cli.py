@@ -86,6 +86,13 @@ def build(
         float | None, typer.Option(metavar="SECONDS", help="Kill an engine build after this long; default by the number of nodes.")
     ] = None,
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Workspace of the target in MiB; default: the builder's.")] = None,
+    merge: Annotated[
+        str, typer.Option(help="exact: merge layers where the result is one layer; all: also with constant border maps; off: never.")
+    ] = "exact",
+    verify_each: Annotated[
+        bool, typer.Option("--verify-each", help="Compare the outputs after every exact pass, and roll back a pass that changes them.")
+    ] = False,
+    dump: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass that changed it.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors.")] = False,
 ) -> None:
     """Build engines from an ONNX model and verify them.
@@ -107,6 +114,7 @@ def build(
     request = BuildRequest(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, seed=seed, strict=strict, timeout=timeout, workspace=workspace * 2**20 if workspace else None,
+        merge=merge, verify_each=verify_each, dump=dump,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())
@@ -141,27 +149,40 @@ def export(
 
 
 @app.command()
-def passes(long: Annotated[bool, typer.Option("--long", help="Print each pass's documentation.")] = False) -> None:
+def passes(
+    long: Annotated[bool, typer.Option("--long", help="Print each pass's documentation.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/passes.md.")] = False,
+) -> None:
     """List every registered pass in the order in which it runs."""
-    import inspect
+    from deploycc import catalogue
 
-    from deploycc import registry
-
-    for phase in registry.PHASES:
-        for name, cls in registry.passes(phase):
-            text = inspect.getdoc(cls) or ""
-            print(f"{phase:13} {name:22} {text if long else text.splitlines()[0] if text else ''}")
+    print(catalogue.markdown() if markdown else catalogue.listing(long=long), end="" if markdown else "\n")
 
 
 @app.command()
 def explain(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory.")],
     node: Annotated[str | None, typer.Argument(metavar="NODE", help="A node, region or PyTorch module; default: all regions.")] = None,
+    passes: Annotated[bool, typer.Option("--passes", help="Show what each pass cost, rewrote and declined instead.")] = False,
 ) -> None:
     """Say which format each region has, and why."""
     from deploycc.explain import explain as run_explain
+    from deploycc.explain import explain_passes
 
-    print(run_explain(directory, node))
+    print(explain_passes(directory) if passes else run_explain(directory, node))
+
+
+@app.command()
+def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory, or the reproducer of a crash.")]) -> None:
+    """Run a build again from its manifest, or a crashed pass from its reproducer, and say what drifted.
+
+    Exit codes: 0 it came out as recorded (a crash: no longer happens), 3 it did not, 2 an input is missing or has changed.
+    """
+    from deploycc.replay import replay as run_replay
+
+    verdict = run_replay(directory)
+    print(verdict.text)
+    raise typer.Exit(verdict.exit_code)
 
 
 @app.command()

@@ -20,9 +20,7 @@ def explain(directory: Path, node: str | None) -> str:
     Raises:
         UsageError: when ``directory`` is not a build, or nothing has that name.
     """
-    if not is_build(directory):
-        raise UsageError(f"{directory} is not a build directory", at="DIR", fix="name a directory that deploycc build wrote")
-    report = json.loads((directory / "report.json").read_text())
+    report = _report(directory)
     if node is None:
         return "\n".join(_line(region) for region in report["regions"])
     found = [r for r in report["regions"] if node in (r["name"], *r["nodes"]) or f"{r['source']}.".startswith(f"{node}.")]
@@ -35,6 +33,30 @@ def explain(directory: Path, node: str | None) -> str:
             fix=f"run `deploycc explain {directory}` for all regions; the first are {names}",
         )
     return "\n\n".join([*(_paragraph(r) for r in found), *notes])
+
+
+def explain_passes(directory: Path) -> str:
+    """Return a table of the passes of a build, and every place that one of them declined or was rolled back.
+
+    Raises:
+        UsageError: when ``directory`` is not a build.
+    """
+    rows = _report(directory)["passes"]
+    width = max((len(r["spec"]) for r in rows), default=4)
+    lines = [f"{'pass':{width}}  {'seconds':>7}  {'nodes':>11}  {'rewrites':>8}  {'declines':>8}"]
+    for r in rows:
+        nodes, changes, declined = f"{r['nodes_before']} -> {r['nodes_after']}", len(r["rewrites"]), len(r["declines"])
+        lines.append(f"{r['spec']:{width}}  {r['seconds']:7.2f}  {nodes:>11}  {changes:8}  {declined:8}")
+    notes = [f"{r['spec']} was rolled back: {r['rolled_back']}" for r in rows if r.get("rolled_back")]
+    notes += [f"{r['spec']} declined {d['code']} at {d['anchor']}: {d['reason']}" for r in rows for d in r["declines"]]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _report(directory: Path) -> dict[str, Any]:
+    if not is_build(directory):
+        raise UsageError(f"{directory} is not a build directory", at="DIR", fix="name a directory that deploycc build wrote")
+    report: dict[str, Any] = json.loads((directory / "report.json").read_text())
+    return report
 
 
 def _line(region: dict[str, Any]) -> str:

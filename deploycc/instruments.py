@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.backend import Reference
+from deploycc.core.backend import Executor, Reference
+from deploycc.core.errors import BackendError
 from deploycc.core.passes import Pass
 from deploycc.interop import save_model
 
 Feeds = Mapping[str, np.ndarray]
+Outputs = Mapping[str, np.ndarray]
 
 
 def pass_name(each: Pass) -> str:
@@ -43,9 +45,9 @@ class Dump:
 class VerifyEach:
     """Compare outputs before and after each pass on given and random inputs, border rows included.
 
-    The bound follows from the arithmetic: a pass may reorder sums, and each of the ``n`` nodes on the way rounds once to
-    float32, so the error may grow to ``slack * sqrt(n) * eps`` of the largest output, eps = 2^-24, slack = 256 for the
-    length of the sums inside one node.
+    The bound follows from the arithmetic: a pass may reorder sums, and each of the ``n`` nodes on the way rounds once, so the
+    error may grow to ``slack * sqrt(n) * eps`` of the largest output, slack = 256 for the length of the sums inside one node;
+    eps = 2^-24, or that of the narrowest type in which the graph computes.
     """
 
     reference: Reference
@@ -54,18 +56,42 @@ class VerifyEach:
     worst: dict[str, float] = field(default_factory=dict)
 
     def after(self, each: Pass, before: ir.Model, result: ir.Model) -> str:
-        """Return the first output that moved by more than rounding explains."""
-        one, other = self.reference.executor(before), self.reference.executor(result)
-        bound = self.slack * float(np.sqrt(before.graph.num_nodes())) * 2.0**-24
-        for feeds in self.feeds:
-            expected, found = one(feeds), other(feeds)
-            for name, value in expected.items():
-                error = _relative_error(value, found[name])
-                self.worst[pass_name(each)] = max(self.worst.get(pass_name(each), 0.0), error)
-                if not error <= bound:
-                    shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds.items())
-                    return f"NUMERIC: the output '{name}' moves by {error:.3g} of its range (bound {bound:.3g}) on {shapes}"
+        """Return the first output that moved by more than rounding explains, or why the graph no longer runs."""
+        bound = self.slack * float(np.sqrt(before.graph.num_nodes())) * _rounding(before)
+        one = self.reference.executor(before)
+        try:
+            other = self.reference.executor(result)
+            return next(filter(None, (self.compare(pass_name(each), one(f), other(f), f, bound) for f in self.feeds)), "")
+        except BackendError as error:
+            return f"NUMERIC: the graph no longer runs: {error.what}"
+
+    def compare(self, name: str, expected: Outputs, found: Outputs, feeds: Feeds, bound: float) -> str:
+        """Return the first output of one batch that moved by more than ``bound``."""
+        for output, value in expected.items():
+            error = _relative_error(value, found[output])
+            self.worst[name] = max(self.worst.get(name, 0.0), error)
+            if not error <= bound:
+                shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds.items())
+                return f"NUMERIC: the output '{output}' moves by {error:.3g} of its range (bound {bound:.3g}) on {shapes}"
         return ""
+
+
+def _rounding(model: ir.Model) -> float:
+    """Return half the distance of 1 to the next number of the narrowest floating-point type that a node computes."""
+    units = {ir.DataType.BFLOAT16: 2.0**-9, ir.DataType.FLOAT16: 2.0**-12}
+    return max((units.get(v.dtype, 2.0**-24) for n in model.graph for v in n.outputs if v.dtype is not None), default=2.0**-24)
+
+
+def executable(executor: Executor, feeds: Sequence[Feeds]) -> list[Feeds]:
+    """Return those feeds that a model computes: not every odd size fits a network."""
+    found = []
+    for each in feeds:
+        try:
+            executor(each)
+        except BackendError:
+            continue
+        found.append(each)
+    return found
 
 
 def _relative_error(expected: np.ndarray, found: np.ndarray) -> float:

@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 MANIFEST_SCHEMA = "deploycc.manifest/1"
+REPRODUCER_SCHEMA = "deploycc.reproducer/1"
 PACKAGES = ("deploycc", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "polygraphy", "scipy", "tensorrt", "tensorrt-rtx", "torch")
 HASHED = ("model.onnx", "model.onnx.data", "plan.json", "scores.json")
 
 
 @dataclass(frozen=True, slots=True)
 class BuildDirectory:
-    """Where a build goes."""
+    """Where a build goes; or, with another file and schema to know it by, something else that must appear as a whole."""
 
     path: Path
+    file: str = "manifest.json"
+    schema: str = MANIFEST_SCHEMA
 
     def check(self) -> None:
         """Refuse a place that cannot be written, or that holds something other than a build.
@@ -39,7 +42,7 @@ class BuildDirectory:
         path, parent = self.path, self.path.resolve().parent
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file", at="--out", fix="name a directory that does not exist yet")
-        if path.is_dir() and any(path.iterdir()) and not is_build(path):
+        if path.is_dir() and any(path.iterdir()) and not has_schema(path / self.file, self.schema):
             raise UsageError(
                 f"{path} is not empty and not a build directory", at="--out", fix="choose another directory; deploycc replaces only its own"
             )
@@ -79,8 +82,18 @@ class BuildDirectory:
 
 def is_build(path: Path) -> bool:
     """Return whether ``path`` holds a complete build."""
+    return has_schema(path / "manifest.json", MANIFEST_SCHEMA)
+
+
+def is_reproducer(path: Path) -> bool:
+    """Return whether ``path`` holds the reproducer of a crash."""
+    return has_schema(path / "reproducer.json", REPRODUCER_SCHEMA)
+
+
+def has_schema(path: Path, schema: str) -> bool:
+    """Return whether a file is JSON of that schema."""
     try:
-        return bool(json.loads((path / "manifest.json").read_text()).get("schema") == MANIFEST_SCHEMA)
+        return bool(json.loads(path.read_text()).get("schema") == schema)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -91,17 +104,19 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, *, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, *, inputs: Mapping[str, Any], options: Mapping[str, Any], paths: Mapping[str, Any] | None = None) -> None:
     """Write ``manifest.json``: what went in, what came out, and the versions in between. Same inputs, same bytes.
 
-    Engines are not listed here, since builders are not deterministic: their hashes are in ``engines/SHA256SUMS``.
+    ``paths`` are those of the inputs as the user gave them, for `deploycc replay`. Engines are not listed, since builders are not
+    deterministic: their hashes are in ``engines/SHA256SUMS``.
     """
     body = {
         "schema": MANIFEST_SCHEMA,
         "inputs": dict(inputs),
         "options": dict(options),
+        "paths": dict(paths or {}),
         "outputs": {name: digest_file(folder / name) for name in HASHED if (folder / name).exists()},
-        "versions": _versions(),
+        "versions": versions(),
     }
     (folder / "manifest.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     engines = sorted(p for p in (folder / "engines").iterdir() if p.is_file())
@@ -109,7 +124,8 @@ def write_manifest(folder: Path, *, inputs: Mapping[str, Any], options: Mapping[
     (folder / "engines" / "SHA256SUMS").write_text(sums)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that determine a result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

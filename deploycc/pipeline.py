@@ -7,27 +7,29 @@ from __future__ import annotations
 
 import resource
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploycc import registry
-from deploycc.core.artefact import Artefact, Stage
+import onnx_ir as ir
+
+from deploycc import registry, reproducer
 from deploycc.core.backend import BuildOptions, Engine
-from deploycc.core.contract import CANONICAL, LOWERED, QUANTIZED
 from deploycc.core.errors import BackendError, BudgetError, ContractError
 from deploycc.core.formats import FP16
-from deploycc.core.passes import run
+from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, write_manifest
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 from deploycc.quant.islands import islands_of
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
+from deploycc.rewriting import canonicalize, lower
 from deploycc.verify import accuracy, audit, numerics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    from deploycc.core.artefact import Artefact
     from deploycc.core.plan import PrecisionPlan
     from deploycc.core.report import BuildReport
 
@@ -41,29 +43,31 @@ def build(request: BuildRequest, watch: Watcher | None = None) -> tuple[BuildRep
 
     Raises:
         DeployccError: see ``deploycc.core.errors``. Nothing is written, except that a missed budget or a failed target
-            keeps the directory with everything that could be built.
+            keeps the directory with everything that could be built, and a pass that crashes leaves a reproducer beside it.
     """
     directory = BuildDirectory(request.directory)
     directory.check()
     job = resolve(request, watch or Silent())
+    try:
+        misses = _staged(job, directory)
+    except PassCrashed as error:
+        reproducer.keep(error, directory.path)
+        raise
+    _raise_failures(job, directory, misses)
+    return job.report, directory.path
+
+
+def _staged(job: Job, directory: BuildDirectory) -> list[str]:
+    """Do the work and write the directory; return the bounds that were missed."""
     with job.stage("canonicalize"):
-        canonical = _canonicalize(job)
+        canonical = canonicalize(job)
     analysis = _analyse(job, canonical)
     with directory.staged() as folder:
         plan, lowered, misses = _guarded(job, canonical, analysis)
         save_model(lowered.model, folder / "model.onnx")
         engines = _build_engines(job, folder)
         _conclude(job, folder, plan, analysis, engines)
-    _raise_failures(job, directory, misses)
-    return job.report, directory.path
-
-
-def _canonicalize(job: Job) -> Artefact:
-    phases = ("canonicalize", "prepare") if job.formats else ("canonicalize",)
-    chosen = [cls() for phase in phases for _, cls in registry.passes(phase)]
-    model, records = run(job.imported.model, chosen, contract=CANONICAL)
-    job.report.passes = [asdict(r) for r in records]
-    return Artefact(model, Stage.CANONICAL, job.imported)
+    return misses
 
 
 def _analyse(job: Job, canonical: Artefact) -> Analysis:
@@ -105,7 +109,7 @@ def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[Precisi
                 if attempt == 1:
                     raise
                 break  # Nothing tighter fits the other bounds: the last round is the best there is.
-            lowered, records = _lower(canonical, plan)
+            lowered, records = lower(job, canonical, plan)
             job.report.passes = front + records
         with job.stage("verify"):
             misses, worst = _verify(job, lowered)
@@ -141,13 +145,6 @@ def _find_islands(job: Job, canonical: Artefact, analysis: Analysis) -> bool:
     new = {name: reason for name, reason in found.items() if name not in analysis.islands}
     analysis.islands.update(new)
     return bool(new)
-
-
-def _lower(canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, list[dict[str, Any]]]:
-    quantized, records = run(canonical.model, [cls(plan=plan) for _, cls in registry.passes("quantize")], contract=QUANTIZED)
-    lowered, more = run(quantized, [cls() for _, cls in registry.passes("lower")], contract=LOWERED)
-    middle = Artefact(quantized, Stage.QUANTIZED, canonical)
-    return Artefact(lowered, Stage.LOWERED, middle), [asdict(r) for r in (*records, *more)]
 
 
 def _verify(job: Job, lowered: Artefact) -> tuple[list[str], float]:
@@ -205,6 +202,8 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
         "budget": str(job.budget),
         "seed": request.seed,
         "strict": request.strict,
+        "merge": request.merge,
+        "verify_each": request.verify_each,
     }
     report.plan = analysis.summary(plan)
     report.engines = [_engine_row(e, folder) for e in engines]
@@ -213,13 +212,22 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
     report.peak_rss_mb = round(max(usage) / 1024, 1)
     (folder / "plan.json").write_text(plan.to_json())
     (folder / "scores.json").write_text(analysis.scores_json())
-    inputs = {
-        "model": report.model["sha256"],
+    limits = {"profiles": report.model["profiles"], "timeout": request.timeout, "workspace": request.workspace}
+    paths = {"model": str(request.model), "data": request.data, "eval": request.eval}
+    write_manifest(folder, inputs=digests_of(job), options={**report.request, **limits}, paths=paths)
+    write_reports(folder, report)
+
+
+def digests_of(job: Job) -> dict[str, Any]:
+    """Return a hash of every input: the model, the files in which it keeps its weights, and the samples."""
+    tensors = (v.const_value for v in job.imported.model.graph.initializers.values())
+    files = {str(t.location): Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return {
+        "model": digest_file(job.request.model),
+        "weights": {name: digest_file(path) for name, path in sorted(files.items())},
         "calibration": job.calibration.digest,
         "evaluation": job.evaluation.digest if job.evaluation else None,
     }
-    write_manifest(folder, inputs=inputs, options={**report.request, "profiles": report.model["profiles"]})
-    write_reports(folder, report)
 
 
 def _model_row(job: Job) -> dict[str, Any]:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from deploycc.core.artefact import Artefact
+    from deploycc.instruments import Dump
 
 SYNTHETIC_SAMPLES = 32
 CALIBRATION_SAMPLES = 512
+MERGES = ("exact", "off", "all")
 WITHOUT_CALIBRATION = frozenset({"fp32", "fp16", "bf16"})
 
 
@@ -72,6 +74,9 @@ class BuildRequest:
     strict: bool = False
     timeout: float | None = None
     workspace: int | None = None
+    merge: str = "exact"
+    verify_each: bool = False
+    dump: Path | None = None
 
     @property
     def directory(self) -> Path:
@@ -94,6 +99,7 @@ class Job:
     evaluation: Dataset | None
     watch: Watcher
     report: BuildReport = field(default_factory=BuildReport)
+    dump: Dump | None = None
     reference: Any = field(default_factory=lambda: registry.backend("onnxruntime"))
 
     @property
@@ -129,6 +135,7 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     budget = parse_budget(request.budget)
     targets = _targets(request.targets)
     base, formats = _formats(precision, targets)
+    _check_passes(request)
     watch.stage("load")
     imported = load_model(request.model)
     inputs = imported.model.graph.inputs
@@ -145,6 +152,18 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
             f"unknown; give --data, or put {request.model.stem}.calib.npz beside the model"
         )
     return job
+
+
+def _check_passes(request: BuildRequest) -> None:
+    """Refuse an unknown way of merging, and a place for graphs that holds other things or is about to be replaced."""
+    if request.merge not in MERGES:
+        raise UsageError(f"unknown way of merging '{request.merge}'", at="--merge", fix=f"use one of {', '.join(MERGES)}")
+    if request.dump is None:
+        return
+    if request.dump.exists() and (not request.dump.is_dir() or any(request.dump.iterdir())):
+        raise UsageError(f"{request.dump} is not an empty directory", at="--dump", fix="name a directory that does not exist yet")
+    if request.dump.resolve().is_relative_to(request.directory.resolve()):
+        raise UsageError(f"{request.dump} is inside the build directory", at="--dump", fix="name a directory beside it")
 
 
 def _targets(texts: Sequence[str]) -> tuple[Target, ...]:

@@ -39,10 +39,17 @@ class InsertCasts:
     """Compute in the plan's base format by ``Cast`` at the borders of 16-bit islands.
 
     Why: strongly typed networks (TensorRT 11, TensorRT-RTX) take types from the graph; an uncast graph runs in FP32.
-    Before: ``y = Relu(Conv(x, w))``. After: ``y = Cast_fp32(Relu(Conv(Cast_fp16(x), w_fp16)))``; inputs and outputs keep their types.
-    Declines when: a weight exceeds the largest FP16 number, so that its op stays in FP32 (RANGE); the op has subgraphs (SUBGRAPH),
-    whose bodies keep their types.
-    Options: plan, which holds the base format and the FP32 islands with their reasons.
+
+    Before / After:
+        ``Relu(Conv(x, w))`` / ``Cast_fp32(Relu(Conv(Cast_fp16(x), w_fp16)))``; inputs and outputs keep their types.
+
+    Declines when:
+        RANGE: a weight exceeds the largest FP16 number, so that its op stays in FP32.
+        SUBGRAPH: the op has subgraphs, whose bodies keep their types.
+
+    Options:
+        plan: holds the base format and the FP32 islands with their reasons.
+
     See: rules R7, S9, N1 and D1 in ``deploycc.core.rules``.
     """
 

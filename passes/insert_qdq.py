@@ -26,9 +26,17 @@ class InsertQdq:
     """Insert ``QuantizeLinear``/``DequantizeLinear`` at the operands of every region that the plan quantizes.
 
     Why: precision lives in the graph and nowhere else; TensorRT turns DQ-op patterns into low-precision kernels.
-    Before: ``y = Conv(x, w)``. After: ``y = Conv(DQ(Q(x)), DQ(w_int8))``; the pair on ``x`` is shared by all readers of that format (P9).
-    Declines when: a region lacks a scale (NO_SCALE) or an anchor (NO_NODE); then nothing of it is quantized.
-    Options: plan, the PrecisionPlan to obey.
+
+    Before / After:
+        ``Conv(x, w)`` / ``Conv(DQ(Q(x)), DQ(w_int8))``; the pair on ``x`` is shared by all readers of that format (P9).
+
+    Declines when:
+        NO_SCALE: a region lacks a scale; then nothing of it is quantized.
+        NO_NODE: a region lacks an anchor; likewise.
+
+    Options:
+        plan: the PrecisionPlan to obey.
+
     See: rules P1, P4, P9, R5, R13 in ``deploycc.core.rules``.
     """
 

@@ -18,10 +18,18 @@ class SplitProjections:
 
     Why: TensorRT-RTX takes a joint q/k/v projection apart itself, and dequantizes its INT8 or FP8 weights to do so: the engine then
     computes it in FP16. Three products over one quantized input stay quantized.
-    Before: ``t = Transpose(Reshape(x W + b)); q = t[0]; k = t[1]; v = t[2]``.
-    After: ``q = Transpose(Reshape(x W_q + b_q))`` and likewise for k and v; W_q are columns of W, so the numbers are the same.
-    Declines when: a reader does not take exactly one index of the axis (READER); the shape of the reshape is computed (SHAPE).
-    Options: none. Runs only when something will be quantized (phase ``prepare``).
+    Runs only when something will be quantized (phase ``prepare``).
+
+    Before / After:
+        ``t = Transpose(Reshape(x W + b)); q = t[0]; k = t[1]; v = t[2]`` / ``q = Transpose(Reshape(x W_q + b_q))``, k and v likewise;
+        W_q are columns of W, so the numbers are the same.
+
+    Declines when:
+        READER: a reader does not take exactly one index of the axis.
+        SHAPE: the shape of the reshape is computed.
+
+    Options: none.
+
     See: rule T3 in ``deploycc.core.rules``.
     """
 

@@ -68,6 +68,29 @@ def profiles_for(inputs: Sequence[ir.Value], requested: Sequence[str]) -> tuple[
     return profiles, notes
 
 
+def probe_shapes(inputs: Sequence[ir.Value], profiles: Sequence[Profile]) -> tuple[list[dict[str, Shape]], list[dict[str, Shape]]]:
+    """Return the shapes at which a rewrite is tried: the smallest and the largest of every profile, and odd sizes in between.
+
+    Odd sizes concern dynamic dimensions besides the batch; dimensions of one symbol get one size, different symbols differ.
+    """
+    corners = [{p.name: p.minimum for p in profiles}, {p.name: p.maximum for p in profiles}]
+    declared = {v.name: v.shape for v in inputs}
+    sizes: dict[str, int] = {}
+    odd = {p.name: _odd_shape(p, declared.get(p.name), sizes) for p in profiles}
+    return [c for i, c in enumerate(corners) if c not in corners[:i]], [odd] if odd not in corners else []
+
+
+def _odd_shape(profile: Profile, declared: ir.Shape | None, sizes: dict[str, int]) -> Shape:
+    shape = list(profile.minimum)
+    for axis, (low, high) in enumerate(zip(profile.minimum, profile.maximum, strict=True)):
+        if axis == 0 or low == high:
+            continue
+        symbol = str(declared[axis]) if declared is not None and str(declared[axis]) != "None" else f"{profile.name}.{axis}"
+        wanted = low + 1 - low % 2 + 2 * len(sizes)
+        shape[axis] = sizes.setdefault(symbol, wanted if wanted <= high else low)
+    return tuple(shape)
+
+
 def _profile(value: ir.Value, wanted: Mapping[str, list[Shape]]) -> tuple[Profile, list[str]]:
     name = value.name or ""
     dims = [d if isinstance(d, int) and d > 0 else None for d in value.shape] if value.shape is not None else None

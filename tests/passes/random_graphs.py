@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 
 import numpy as np
 from hypothesis import assume
@@ -255,8 +256,9 @@ FRAGMENTS = (
 )
 
 
-# What a pass works on, where that is one fragment of many.
+# What a pass works on, where that is one fragment of many; a third party brings its own by entry point.
 TOWARD = {
+    **{point.name: point.load() for point in entry_points(group="deploycc.law_fragments")},
     "fold-layerscale": scaled,
     "fold-pad": padded,
     "fuse-layernorm": layernorm,

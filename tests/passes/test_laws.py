@@ -143,7 +143,7 @@ def test_explains_its_declines(name: str, data: st.DataObject) -> None:
         assert decline.reason
 
 
-@pytest.mark.parametrize("name", [n for n, c in CANONICAL_PASSES.items() if c.__module__.startswith("passes.")])
+@each_pass
 def test_the_laws_are_not_vacuous(name: str) -> None:
     counts: list[int] = []
 

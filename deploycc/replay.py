@@ -1,0 +1,142 @@
+"""Run again what a folder records: a whole build from its manifest, or the pass of a crash reproducer. Say what drifted."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deploycc import reproducer
+from deploycc.core.errors import BackendError, BudgetError, UsageError
+from deploycc.output import is_build, is_reproducer
+from deploycc.pipeline import build, digests_of
+from deploycc.request import BuildRequest, Silent, Watcher, resolve
+
+DRIFTED = 3
+# Builders are not deterministic: the same program may differ by some bytes of layout.
+ENGINE_SIZE_SLACK = 0.01
+INPUTS = {"model": "model", "weights": "model", "calibration": "data", "evaluation": "eval"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a replay found, and the exit code: 0 when it came out as recorded, 3 when it did not."""
+
+    text: str
+    exit_code: int
+
+
+def replay(directory: Path, watch: Watcher | None = None) -> Verdict:
+    """Replay a build directory or a reproducer.
+
+    Raises:
+        UsageError: when the folder is neither, or an input is missing or has changed.
+    """
+    if is_reproducer(directory):
+        repeated = reproducer.repeat(directory)
+        return Verdict(str(repeated), DRIFTED if repeated.error else 0)
+    if not is_build(directory):
+        raise UsageError(f"{directory} is neither a build nor a reproducer", at="DIR", fix="name a directory that deploycc build wrote")
+    return _replay_build(directory, watch or Silent())
+
+
+def _replay_build(directory: Path, watch: Watcher) -> Verdict:
+    recorded = _read(directory, "manifest.json")
+    with tempfile.TemporaryDirectory(prefix="deploycc-replay-") as scratch:
+        request = replace(_request(recorded, directory), out=Path(scratch, "build"))
+        _check_inputs(recorded["inputs"], digests_of(resolve(request, Silent())), directory)
+        try:
+            build(request, watch)
+        except (BackendError, BudgetError) as error:
+            if not is_build(request.directory):
+                raise
+            watch.warn(error.what)
+        drifted = [*_outputs(directory, request.directory), *_engines(directory, request.directory)]
+        notes = _differences("version of", recorded["versions"], _read(request.directory, "manifest.json")["versions"])
+    lines = drifted or ["identical: model.onnx, plan.json and scores.json have the same bytes, the engines the same size and operations"]
+    return Verdict("\n".join([*lines, *notes]), DRIFTED if drifted else 0)
+
+
+def _request(recorded: Mapping[str, Any], directory: Path) -> BuildRequest:
+    """Return the request of a manifest; inputs are looked for as they were given, then beside the build directory."""
+    options, paths = recorded["options"], recorded.get("paths")
+    if not paths:
+        raise UsageError(
+            "the manifest does not say where the inputs lay", at=str(directory), fix="build again with this version of deploycc"
+        )
+    model = _found(paths["model"], directory)
+    if not model.exists():
+        raise UsageError(
+            f"the input {paths['model']} is missing", at=str(directory), fix="put it back, or run this where the build was run"
+        )
+    same = ("precision", "budget", "seed", "strict", "timeout", "workspace", "merge", "verify_each")
+    return BuildRequest(
+        model=model,
+        data=_data(paths["data"], directory),
+        eval=_data(paths["eval"], directory),
+        targets=tuple(options["targets"]),
+        shapes=tuple(options["profiles"]),
+        **{name: options[name] for name in same},
+    )
+
+
+def _found(path: str, directory: Path) -> Path:
+    beside = directory.resolve().parent / path
+    return beside if not Path(path).exists() and beside.exists() else Path(path)
+
+
+def _data(spec: str | None, directory: Path) -> str | None:
+    return spec if spec is None or spec.startswith("synthetic:") else str(_found(spec, directory))
+
+
+def _check_inputs(recorded: Mapping[str, Any], found: Mapping[str, Any], directory: Path) -> None:
+    changed = [name for name in INPUTS if recorded.get(name) != found[name]]
+    if changed:
+        raise UsageError(
+            f"these inputs have changed since the build: {', '.join(changed)}",
+            at=str(directory),
+            fix="put the files of that time back, or build again",
+        )
+
+
+def _outputs(old: Path, new: Path) -> list[str]:
+    """Return which files differ, by the hashes of the two manifests."""
+    before, after = _read(old, "manifest.json")["outputs"], _read(new, "manifest.json")["outputs"]
+    names = sorted({*before, *after})
+    return [f"drifted: {name}{_detail(name, old, new)}" for name in names if before.get(name) != after.get(name)]
+
+
+def _detail(name: str, old: Path, new: Path) -> str:
+    if name != "plan.json":
+        return ""
+    formats = [{r["name"]: r["format"] for r in _read(folder, name)["regions"]} for folder in (old, new)]
+    moved = [f"{region} {was} -> {formats[1].get(region, 'none')}" for region, was in formats[0].items() if formats[1].get(region) != was]
+    return f" ({len(moved)} regions in another format{': ' if moved else ''}{', '.join(moved[:5])})"
+
+
+def _engines(old: Path, new: Path) -> list[str]:
+    """Return which engines differ in their operations, or in size by more than a builder's whim."""
+    before, after = ({e["target"]: e for e in _read(folder, "report.json")["engines"]} for folder in (old, new))
+    found = [f"drifted: no engine for {target} this time" for target in before if target not in after]
+    for target, engine in before.items():
+        again = after.get(target, engine)
+        if engine["counts"] != again["counts"]:
+            found += _differences(f"drifted: {target}", engine["counts"], again["counts"])
+        if abs(again["bytes"] - engine["bytes"]) > ENGINE_SIZE_SLACK * engine["bytes"]:
+            found.append(f"drifted: {target} has {again['bytes']} bytes, recorded {engine['bytes']}")
+    return found
+
+
+def _differences(what: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    names = sorted({*recorded, *found})
+    return [f"{what} {n}: recorded {recorded.get(n, 'none')}, now {found.get(n, 'none')}" for n in names if recorded.get(n) != found.get(n)]
+
+
+def _read(directory: Path, name: str) -> Any:
+    try:
+        return json.loads((directory / name).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} cannot be read ({error})", at=str(directory), fix="build again; the directory is damaged") from error
