@@ -152,7 +152,7 @@ def _verify(job: Job, lowered: Artefact) -> tuple[list[str], float]:
     original = job.reference.executor(job.imported.model)
     built = job.reference.executor(lowered.model, simulate=True)
     data = (job.evaluation or job.calibration).take(VERIFY_SAMPLES)
-    compared = numerics.compare(original, built, data, batch=job.batch, progress=job.watch.progress)
+    compared = numerics.compare(original, built, data, batch=job.largest_batch, progress=job.watch.progress)
     job.report.verification = [{**asdict(c), "executed": "model.onnx on the CPU", "data": data.source} for c in compared]
     worst = min((c.sqnr_db for c in compared), default=0.0)
     misses = []
@@ -160,7 +160,7 @@ def _verify(job: Job, lowered: Artefact) -> tuple[list[str], float]:
         misses.append(f"SQNR is {worst:.1f} dB, the budget asks for {job.budget.sqnr:g} dB")
     if job.evaluation is not None:
         executors = {"fp32": original, "built": built}
-        metric, points = accuracy.score(executors, job.evaluation, batch=job.batch, progress=job.watch.progress)
+        metric, points = accuracy.score(executors, job.evaluation, batch=job.largest_batch, progress=job.watch.progress)
         result = accuracy.Accuracy(metric, points["fp32"], points["built"], job.evaluation.samples)
         job.report.accuracy = {**asdict(result), "drop": result.drop}
         if job.budget.accuracy_drop is not None and result.drop > job.budget.accuracy_drop:

@@ -107,6 +107,11 @@ class Job:
         """Return the batch size for running data through graphs."""
         return self.profiles[0].optimum[0] if self.profiles and self.profiles[0].optimum else 1
 
+    @property
+    def largest_batch(self) -> int:
+        """Return the largest batch of the profiles: fewer and longer runs for measurements."""
+        return self.profiles[0].maximum[0] if self.profiles and self.profiles[0].maximum else 1
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show a stage and add its time to the report."""
