@@ -10,7 +10,7 @@ import numpy as np
 from deploycc.core.affine import Link, per_channel, read_convolution, unfit, weight_type, write_constant, write_convolution
 from deploycc.core.between import shared
 from deploycc.core.convolution import Convolution, Refusal, compose, diagonal
-from deploycc.core.graph import constant, int_attribute, is_constant, rank, sole_consumer, taken_names
+from deploycc.core.graph import constant, int_attribute, ints_attribute, is_constant, rank, replace_value, sole_consumer, taken_names
 from deploycc.core.matrix import form_of, read_linear, write_linear
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
 
@@ -31,6 +31,7 @@ class FoldLayerscale:
     Before / After:
         ``Mul(Conv(x, w, b), g [C,1,1])`` / ``Conv(x, g w, g b)``
         ``Mul(Add(MatMul(x, w), b), g [C])`` / ``Add(MatMul(x, w'), g b)``
+        ``Mul(Transpose(MatMul(x, w), [0,3,1,2]), g [C,1,1])`` / ``Transpose(MatMul(x, w'), [0,3,1,2])``
 
     Declines when:
         MULTI_CONSUMER: the value between the two is read elsewhere.
@@ -69,31 +70,39 @@ class FoldLayerscale:
         """Fold one node into the linear node before it; None where there is none."""
         position = next((i for i, v in enumerate(node.inputs) if is_constant(v)), None)
         source = node.inputs[1 - position] if position is not None and len(node.inputs) == 2 else None
-        producer = source.producer() if source is not None else None
-        if (
-            producer is None
-            or source is None
-            or position is None
-            or node.graph is not producer.graph
-            or isinstance(read_linear(node), Link)
-        ):
+        if source is None or position is None or isinstance(read_linear(node), Link) or rank(node.outputs[0]) != rank(source):
             return None
-        link = read_convolution(producer) or read_linear(producer)
-        axes = rank(source)
-        if link is None or axes is None or rank(node.outputs[0]) != axes:
+        path = _path(source)
+        producer, axes = path[-1].producer(), rank(path[-1])
+        link = read_convolution(producer) or read_linear(producer) if producer is not None and producer.graph is node.graph else None
+        if link is None or axes is None:
             return None
         is_vector = node.inputs[position].const_value.size > 1  # type: ignore[union-attr]
         if isinstance(link, Refusal):
             return Decline(node.name or "", link.code, link.reason) if is_vector else None
-        channels = link.geometry.outputs
-        array = per_channel(node.inputs[position], channels, axes, axis=1 if link.geometry.rank else axes - 1)
-        if array is None:
+        axis = _followed(1 if link.geometry.rank else axes - 1, path)
+        array = per_channel(node.inputs[position], link.geometry.outputs, axes, axis=axis)
+        map_ = None if array is None else _map(node.op_type, array, position, link.geometry.rank)
+        if map_ is None:
             return None
         # A number beside a value with several readers is part of an activation more often than not.
-        if refusal := shared(source):
+        if refusal := next((r for r in map(shared, path) if r), None):
             return Decline(node.name or "", refusal.code, refusal.reason) if is_vector else None
-        map_ = _map(node.op_type, array, position, link.geometry.rank)
-        return None if map_ is None else _fold_behind(node, link, map_, taken)
+        return _fold_behind(node, link, map_, path, taken)
+
+
+def _path(value: ir.Value) -> list[ir.Value]:
+    """Return ``value`` and, if a Transpose made it, what that was made from."""
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else None
+    return [value] if source is None or producer is None or "perm" not in producer.attributes else [value, source]
+
+
+def _followed(axis: int, path: list[ir.Value]) -> int:
+    """Return where ``axis`` of the last value of ``path`` is in the first."""
+    producer = path[0].producer()
+    order = ints_attribute(producer, "perm") if len(path) > 1 and producer is not None else None
+    return axis if order is None else order.index(axis)
 
 
 def _map(operator: str, array: np.ndarray, position: int, axes: int) -> Convolution | None:
@@ -109,17 +118,21 @@ def _map(operator: str, array: np.ndarray, position: int, axes: int) -> Convolut
         return diagonal(1 / array, zeros, rank=axes) if position == 1 else None
 
 
-def _fold_behind(node: ir.Node, link: Link, map_: Convolution, taken: set[str]) -> Rewrite | Decline:
+def _fold_behind(node: ir.Node, link: Link, map_: Convolution, path: list[ir.Value], taken: set[str]) -> Rewrite | Decline:
     with np.errstate(all="ignore"):
         merged = compose(link.load(), map_)
     verdict = merged if isinstance(merged, Refusal) else unfit(merged, [link]) or merged
     if isinstance(verdict, Refusal):
         return Decline(node.name or "", verdict.code, verdict.reason)
-    dtype = weight_type([link])
+    dtype, moved = weight_type([link]), len(path) > 1
+    last, absorbed = (link.nodes[-1], link.nodes[:-1]) if moved else (node, link.nodes)
     if link.geometry.rank:
-        write_convolution(node, link.source, verdict, absorbed=link.nodes, dtype=dtype, taken=taken)
+        write_convolution(last, link.source, verdict, absorbed=absorbed, dtype=dtype, taken=taken)
     else:
-        write_linear(node, link.source, verdict, form=form_of([link]), absorbed=link.nodes, dtype=dtype, taken=taken)
+        write_linear(last, link.source, verdict, form=form_of([link]), absorbed=absorbed, dtype=dtype, taken=taken)
+    if moved and node.graph is not None:
+        replace_value(node.outputs[0], path[0])
+        node.graph.remove(node, safe=True)
     return Rewrite(node.name or "", f"folded into '{link.name}' before it", _PROOF)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir_
+import onnx_ir
 import pytest
 from pass_graphs import apply, assert_close, assert_same, codes, graph, operators, record
 
@@ -90,6 +90,24 @@ def test_behind_a_gemm_and_in_a_row() -> None:
     assert_close(before, after, (3, 3), roundings=64)
 
 
+@pytest.mark.parametrize("behind", ["Mul(t, s)", "Sub(s4, t)", "Mul(half, t)"])
+@pytest.mark.parametrize("layer", ["a = MatMul(x, m)", "z = MatMul(x, m) a = Add(z, v)"])
+def test_past_a_transposition(layer: str, behind: str) -> None:
+    before = graph(
+        f"(float[N,5,6,3] x) => (float[N,4,5,6] y) <{GIVEN}> {{ {layer} t = Transpose<perm=[0,3,1,2]>(a) y = {behind} }}",
+    )
+    after = apply(before, FOLD)
+    assert operators(after)[-1] == "Transpose"
+    assert_close(before, after, (2, 5, 6, 3), roundings=64)
+    assert not record(after, FOLD).rewrites
+
+
+def test_a_scale_of_another_axis_does_not_pass_a_transposition() -> None:
+    text = "a = MatMul(x, m) t = Transpose<perm=[0,2,1,3]>(a) y = Mul(t, s)"
+    before = graph(f"(float[N,4,4,3] x) => (float[N,4,4,4] y) <{GIVEN}> {{ {text} }}")
+    assert not record(before, FOLD).rewrites
+
+
 def test_behind_a_depthwise_convolution() -> None:
     before = image("a = Conv<group=3>(x, deep) y = Mul(a, d)", outputs="float[N,3,?,?] y")
     after = apply(before, FOLD)
@@ -163,4 +181,4 @@ def test_half_precision_weights_stay_half() -> None:
     )
     after = apply(before, FoldConstants(), FOLD)
     assert operators(after) == ["Conv"]
-    assert {v.dtype for v in after.graph.initializers.values()} == {ir_.DataType.FLOAT16}
+    assert {v.dtype for v in after.graph.initializers.values()} == {onnx_ir.DataType.FLOAT16}
