@@ -39,7 +39,13 @@ class BuildDirectory:
         Raises:
             UsageError: naming the path.
         """
+        with self._explained():
+            self._check()
+
+    def _check(self) -> None:
         path, parent = self.path, self.path.resolve().parent
+        if path.resolve() in (here := Path.cwd(), *here.parents):
+            raise UsageError(f"{path.resolve()} is or holds the working directory", at="--out", fix="name a directory in it or beside it")
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file", at="--out", fix="name a directory that does not exist yet")
         if path.is_dir() and any(path.iterdir()) and not has_schema(path / self.file, self.schema):
@@ -51,12 +57,21 @@ class BuildDirectory:
             raise UsageError(f"{existing} is not writable", at="--out", fix="choose a directory you may write to")
 
     @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = f"{self.path} cannot be written ({error.strerror or error})"
+            raise UsageError(what, at="--out", fix="choose a directory you may write to") from error
+
+    @contextmanager
     def staged(self) -> Iterator[Path]:
         """Yield a temporary sibling that replaces the directory when the block ends well, and vanishes when it does not."""
         self.check()
         parent = self.path.resolve().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=parent))
+        with self._explained():
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=parent))
         folder.chmod(0o755)
         try:
             yield folder

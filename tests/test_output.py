@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from deploycc.core.errors import UsageError
 from deploycc.output import MANIFEST_SCHEMA, BuildDirectory, digest_file, is_build, write_manifest
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def fill(folder: Path, text: str) -> None:
@@ -131,3 +128,16 @@ class TestManifest:
             fill(tmp_path / name, "text")
             texts.append((tmp_path / name / "manifest.json").read_bytes())
         assert texts[0] == texts[1]
+
+
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(built(tmp_path / "out"))
+    for path in (Path(), Path(".."), tmp_path / "out"):
+        with pytest.raises(UsageError, match=r"is or holds the working directory\. Where: --out\. Fix: name a directory in it"):
+            BuildDirectory(path).check()
+
+
+@pytest.mark.parametrize("place", ["/proc/deploycc/out", "n" * 300])
+def test_a_place_that_the_system_refuses(place: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Where: --out\. Fix: choose a directory you may write to"):
+        interrupt(tmp_path / place, ValueError)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from deploycc.core.shapes import Profile
     from deploycc.core.target import Target
 
+# From 1.31 it reports each session to its makers unless told otherwise, and leaves a file in the temporary folder to do so.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Protobuf refuses messages of 2 GiB; larger constants travel through a file.
 INLINE_LIMIT = 1_500_000_000
 # It removes the Relu before a QuantizeLinear unless that is known to clip at zero, and forgets that FP8 does not (seen in 1.31).
@@ -118,6 +120,8 @@ class _Session:
 
     def __call__(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         names = list(outputs) if outputs is not None else [o.name for o in self.session.get_outputs()]
+        if not names:
+            return {}  # The session takes an empty list for all outputs.
         wide = {i.name for i in self.session.get_inputs() if i.type == "tensor(float)"}
         cast = {n: np.asarray(v, np.float32) if n in wide and _is_float(v) else v for n, v in feeds.items()}
         with _translating("this batch"):

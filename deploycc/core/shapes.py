@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import onnx_ir as ir
 
@@ -12,6 +13,7 @@ from deploycc.core.errors import UsageError
 
 Shape = tuple[int, ...]
 DEFAULT_BATCH = (1, 8, 16)
+MOST_ELEMENTS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,11 @@ def profiles_for(inputs: Sequence[ir.Value], requested: Sequence[str]) -> tuple[
     Raises:
         UsageError: for an unknown input, a wrong rank, a contradiction with a static dimension, or a missing profile.
     """
-    wanted = dict(parse_shape(text) for text in requested)
+    wanted: dict[str, list[Shape]] = {}
+    for text in requested:
+        name, shapes = parse_shape(text)
+        if wanted.setdefault(name, shapes) is not shapes:
+            raise UsageError(f"two shapes are given for the input '{name}'", at=f"--shape {text}", fix="give MIN:OPT:MAX once per input")
     names = {v.name: v for v in inputs}
     for name in wanted:
         if name not in names:
@@ -147,4 +153,8 @@ def _checked(profile: Profile) -> Profile:
     for low, usual, high in zip(profile.minimum, profile.optimum, profile.maximum, strict=True):
         if not 1 <= low <= usual <= high:
             raise UsageError(f"the profile {profile} is not ordered", at="--shape", fix="need 1 <= MIN <= OPT <= MAX in every dimension")
+    if prod(profile.maximum) > MOST_ELEMENTS:
+        raise UsageError(
+            f"the profile {profile} has more than 2^31 elements", at="--shape", fix="lower MAX; TensorRT takes no larger tensor"
+        )
     return profile

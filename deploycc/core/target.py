@@ -42,10 +42,10 @@ def parse_target(text: str) -> Target:
     Raises:
         UsageError: for an unknown backend or an architecture that the backend does not build for.
     """
-    backend, _, rest = text.partition(":")
+    backend, colon, rest = text.partition(":")
     if backend not in BACKENDS:
         raise UsageError(f"unknown target '{text}'", at="--target", fix=f"use one of {', '.join(BACKENDS)}, e.g. tensorrt-rtx:sm_89")
-    archs = tuple(dict.fromkeys(a for a in re.split(r"[+,]", rest) if a))
+    archs = tuple(dict.fromkeys(re.split(r"[+,]", rest))) if colon else ()
     for arch in archs:
         if arch not in ARCHS[backend]:
             known = ", ".join(ARCHS[backend]) or "none (it runs on the CPU)"

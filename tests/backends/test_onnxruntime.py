@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -44,6 +46,11 @@ def test_outputs_are_returned_by_name_and_can_be_chosen():
     x = np.array([1.0, -2.0], np.float32)
     assert list(run({"x": x})) == ["a", "b"]
     assert list(run({"x": x}, ["b"])) == ["b"]
+    assert run({"x": x}, []) == {}
+
+
+def test_sessions_report_to_nobody():
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 
 
 def test_the_feeds_of_a_simulation_may_keep_the_types_of_the_model():

@@ -38,6 +38,16 @@ def test_other_texts_are_refused(text: str) -> None:
     assert "NAME=MIN:OPT:MAX" in caught.value.fix
 
 
+def test_an_input_with_two_requests_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"two shapes are given for the input 'image'\. Where: --shape image=4\. Fix:"):
+        profiles_for([IMAGE], ["image=1:2:4", "image=4"])
+
+
+def test_a_tensor_beyond_32_bits_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"more than 2\^31 elements\. Where: --shape\. Fix: lower MAX"):
+        profiles_for([IMAGE], ["image=1:8:99999999999"])
+
+
 def test_two_shapes_are_refused() -> None:
     with pytest.raises(UsageError, match=r"has two shapes\. Where: --shape\. Fix: give one shape, or the three"):
         parse_shape("image=1x3:2x3")

@@ -27,6 +27,8 @@ def test_architectures_are_sorted_and_unique() -> None:
         ("", "unknown target ''", "tensorrt-rtx:sm_89"),
         ("tensorrt-rtx:sm_90", "does not build for 'sm_90'", "sm_75, sm_80"),
         ("tensorrt:90", "does not build for '90'", "sm_90"),
+        ("tensorrt:", "does not build for ''", "sm_90"),
+        ("tensorrt-rtx:sm_80+", "does not build for ''", "sm_80"),
         ("onnxruntime:sm_90", "does not build for 'sm_90'", "it runs on the CPU"),
     ],
 )
