@@ -80,6 +80,10 @@ def build(
             metavar="DIR", help="Build directory; default MODEL.deploycc. A previous build there is replaced when this one is complete."
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="TOML", help="deploycc.toml, whose section [preprocessing] says how a directory of images is read."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of synthetic data.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to calibrate on synthetic data.")] = False,
     timeout: Annotated[
@@ -113,17 +117,17 @@ def build(
     console = Console(stderr=True)
     request = BuildRequest(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
-        out=out, seed=seed, strict=strict, timeout=timeout, workspace=workspace * 2**20 if workspace else None,
+        out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
         merge=merge, verify_each=verify_each, dump=dump,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())
         for text in report.warnings:
-            console.print(f"[yellow]warning:[/] {text}", highlight=False)
+            console.print(f"[yellow]warning:[/] {_escaped(text)}", highlight=False, emoji=False)
         return
     with LiveView(console) as view:
         report, directory = run_build(request, view)
-    Console().print(summary(report, directory), highlight=False)
+    Console(emoji=False).print(summary(report, directory), highlight=False)
 
 
 @app.command()
@@ -200,7 +204,7 @@ def main() -> None:
     except DeployccError as error:
         from rich.console import Console
 
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, emoji=False)
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # This is what Typer makes of Ctrl-C.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SYNTHETIC_SAMPLES = 32
 CALIBRATION_SAMPLES = 512
+LONGEST = 30 * 86400.0
 MERGES = ("exact", "off", "all")
 WITHOUT_CALIBRATION = frozenset({"fp32", "fp16", "bf16"})
 
@@ -70,6 +72,7 @@ class BuildRequest:
     budget: str = ""
     shapes: tuple[str, ...] = ()
     out: Path | None = None
+    config: Path | None = None
     seed: int = 0
     strict: bool = False
     timeout: float | None = None
@@ -136,6 +139,7 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
         UsageError: for each kind of bad input; ``docs/errors.md`` lists them.
     """
     start = time.perf_counter()
+    _check_numbers(request)
     precision = parse_precision(request.precision)
     budget = parse_budget(request.budget)
     targets = _targets(request.targets)
@@ -171,6 +175,23 @@ def _check_passes(request: BuildRequest) -> None:
         raise UsageError(f"{request.dump} is inside the build directory", at="--dump", fix="name a directory beside it")
 
 
+def _check_numbers(request: BuildRequest) -> None:
+    for name, value, sound in (
+        ("seed", request.seed, request.seed >= 0),
+        ("timeout", request.timeout, request.timeout is None or 0 < request.timeout <= LONGEST),
+        ("workspace", request.workspace, request.workspace is None or request.workspace > 0),
+    ):
+        if not sound:
+            low = "of 0 or more" if name == "seed" else "above 0"
+            raise UsageError(f"{value} is no sound {name}", at=f"--{name}", fix=f"give a number {low}, or leave it out")
+    inside = request.directory.resolve()
+    for option, path in (("MODEL", request.model), ("--data", request.data), ("--eval", request.eval)):
+        if path is not None and inside in Path(path).resolve().parents:
+            raise UsageError(
+                f"{path} lies in the build directory, which this build would replace", at=option, fix="give another --out, or move the file"
+            )
+
+
 def _targets(texts: Sequence[str]) -> tuple[Target, ...]:
     chosen = [parse_target(text) for text in dict.fromkeys(texts)] or [_default_target()]
     return tuple(dict.fromkeys(registry.backend(t.backend).resolve(t) for t in chosen))
@@ -204,7 +225,9 @@ def _formats(precision: str, targets: Sequence[Target]) -> tuple[Format, tuple[F
 def _calibration_data(request: BuildRequest, inputs: Sequence[ir.Value], profiles: Sequence[Profile]) -> Dataset:
     beside = request.model.with_suffix(".calib.npz")
     spec = request.data or (str(beside) if beside.exists() else None)
-    data = open_data(spec or f"synthetic:{SYNTHETIC_SAMPLES}", inputs, profiles, seed=request.seed).take(CALIBRATION_SAMPLES)
+    data = open_data(
+        spec or f"synthetic:{SYNTHETIC_SAMPLES}", inputs, profiles, seed=request.seed, preprocessing=_preprocessing(request)
+    ).take(CALIBRATION_SAMPLES)
     if data.synthetic and request.strict and request.precision not in WITHOUT_CALIBRATION:
         raise UsageError("there is no calibration data", at="--strict", fix=f"give --data, or put {beside.name} beside the model")
     return data
@@ -215,7 +238,22 @@ def _evaluation_data(request: BuildRequest, budget: Budget, inputs: Sequence[ir.
         if budget.accuracy_drop is not None:
             raise UsageError("a bound on accuracy needs labelled data", at="--budget accuracy-drop", fix="give --eval FILE.npz with labels")
         return None
-    evaluation = open_data(request.eval, inputs, profiles, seed=request.seed)
+    evaluation = open_data(request.eval, inputs, profiles, seed=request.seed, preprocessing=_preprocessing(request))
     if evaluation.labels is None:
         raise UsageError(f"{request.eval} holds no labels", at="--eval", fix="add an array named 'labels'")
     return evaluation
+
+
+def _preprocessing(request: BuildRequest) -> dict[str, Any] | None:
+    """Return the section [preprocessing] of the configuration file, or None when there is no file or no section."""
+    if request.config is None:
+        return None
+    try:
+        entries = tomllib.loads(request.config.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{request.config} cannot be read: {error}", at="--config", fix="give a TOML file") from error
+    unknown = sorted(set(entries) - {"preprocessing"})
+    if unknown or not isinstance(entries.get("preprocessing", {}), dict):
+        named = ", ".join(f"'{name}'" for name in unknown) or "'preprocessing' as a value"
+        raise UsageError(f"{request.config} has {named}, which nothing reads", at="--config", fix="its only section is [preprocessing]")
+    return entries.get("preprocessing")

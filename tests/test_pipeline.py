@@ -401,3 +401,44 @@ class TestCommandLine:
         assert errors.rstrip().endswith("interrupted: nothing was written")
         assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
         assert list(case.folder.glob(".interrupted.*")) == []
+
+
+class TestImages:
+    """A directory of images, read as ``--config`` says."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        from PIL import Image
+
+        with np.load(FASHION / "eval.npz") as data:
+            for number, (image, label) in enumerate(zip(data["image"][:32], data["labels"][:32], strict=True)):
+                place = tmp_path / "images" / str(label)
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.rint(image[0] * 255).astype(np.uint8)).save(place / f"{number:03}.png")
+        return tmp_path / "images"
+
+    def test_images_calibrate_and_evaluate(self, folder: Path, tmp_path: Path) -> None:
+        config = tmp_path / "deploycc.toml"
+        config.write_text('[preprocessing]\nsize = [28, 28]\nchannels = "L"\nscale = 0.00392156862745098\nmean = [0.0]\nstd = [1.0]\n')
+        request = BuildRequest(
+            FASHION / "cnn.onnx",
+            precision="int8",
+            data=str(folder),
+            eval=str(folder),
+            config=config,
+            targets=("onnxruntime",),
+            out=tmp_path / "out",
+        )
+        report, _ = build(request)
+        assert report.calibration["samples"] == 32
+        assert report.accuracy["fp32"] > 80
+
+    def test_an_unknown_section_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        config = tmp_path / "deploycc.toml"
+        config.write_text("[quantization]\nbits = 3\n")
+        with pytest.raises(UsageError, match="'quantization', which nothing reads"):
+            build(
+                BuildRequest(
+                    FASHION / "cnn.onnx", precision="int8", data=str(folder), config=config, targets=("onnxruntime",), out=tmp_path / "out"
+                )
+            )

@@ -143,14 +143,14 @@ def failure(failures: Sequence[Mapping[str, str]], log: Sequence[Sequence[str]],
     texts = [{"text": line} for severity, line in log if severity != "WARNING" and clean(line)]
     explained = [(explain(f"{f.get('code', '')}: {f['text']}" if "code" in f else f["text"]), f) for f in [*failures, *texts]]
     if not explained:
-        return BackendError("TensorRT failed without a message", at=at, fix="run with --verbose and report it")
+        return BackendError("TensorRT failed without a message", at=at, fix="report it with the model")
     meaning, source = next((pair for pair in explained if pair[0].known), explained[0])
     said = clean(source["text"])
     said_more = f" (TensorRT says: {said})" if " " in said else ""
     what = f"{meaning.what}{said_more}" if meaning.known else f"TensorRT refused the model: {said}"
     more = f"; {len(failures) - 1} more nodes were refused" if len(failures) > 1 else ""
     place = _place(source, meaning.node, log)
-    fix = meaning.fix or "run 'deploycc lint' on the model; the message is TensorRT's own"
+    fix = meaning.fix or "the message is TensorRT's own: look the node up in report.md, and report it with the model if it is not at fault"
     return BackendError(what, at=f"{place} in {at}{more}" if place else at, fix=fix)
 
 

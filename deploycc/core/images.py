@@ -97,7 +97,7 @@ def image_table(folder: Path, value: ir.Value, preprocessing: Mapping[str, Any] 
         raise UsageError(
             "a directory of images needs to know how the model was trained to see them",
             at=f"'{folder}'",
-            fix=f"add a section [preprocessing] to deploycc.toml: {_EXAMPLE}",
+            fix=f"give --config deploycc.toml with a section [preprocessing]: {_EXAMPLE}",
         )
     flat = tuple(sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES))
     dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
