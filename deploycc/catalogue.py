@@ -40,7 +40,7 @@ def _section(name: str, cls: Any) -> list[str]:
     for title in PARTS:
         if parts.get(title) and not (title == "Options" and parts[title] == "none."):
             blocks.append(f"**{title}:**{_body(parts[title])}")
-    options = [_option(f) for f in dataclasses.fields(cls)]
+    options = [_option(f) for f in registry.options(cls)]
     blocks.append(f"Written as `{cls.__name__}({', '.join(options)})`" + (f", after {', '.join(cls.after)}." if cls.after else "."))
     return blocks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,11 @@ def passes(phase: str) -> list[tuple[str, Any]]:
     classes = {name: load(point) for name, point in entries(PASSES).items()}
     mine = {name: cls for name, cls in classes.items() if cls.phase == phase}
     return [(name, mine[name]) for name in _ordered({name: cls.after for name, cls in mine.items()})]
+
+
+def options(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields of a pass, which are its options; none when it is not a dataclass."""
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 def _ordered(after: dict[str, Iterable[str]]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from deploycc import reproducer
 from deploycc.core.errors import BackendError, BudgetError, UsageError
-from deploycc.output import is_build, is_reproducer
+from deploycc.output import HASHED, digest_file, is_build, is_reproducer
 from deploycc.pipeline import build, digests_of
 from deploycc.request import BuildRequest, Silent, Watcher, resolve
 
@@ -103,14 +103,13 @@ def _check_inputs(recorded: Mapping[str, Any], found: Mapping[str, Any], directo
 
 
 def _outputs(old: Path, new: Path) -> list[str]:
-    """Return which files differ, by the hashes of the two manifests."""
-    before, after = _read(old, "manifest.json")["outputs"], _read(new, "manifest.json")["outputs"]
-    names = sorted({*before, *after})
-    return [f"drifted: {name}{_detail(name, old, new)}" for name in names if before.get(name) != after.get(name)]
+    """Return which files differ, as they lie on disk."""
+    before, after = ({name: digest_file(folder / name) for name in HASHED if (folder / name).exists()} for folder in (old, new))
+    return [f"drifted: {name}{_detail(name, old, new)}" for name in HASHED if before.get(name) != after.get(name)]
 
 
 def _detail(name: str, old: Path, new: Path) -> str:
-    if name != "plan.json":
+    if name != "plan.json" or not (old / name).exists():
         return ""
     formats = [{r["name"]: r["format"] for r in _read(folder, name)["regions"]} for folder in (old, new)]
     moved = [f"{region} {was} -> {formats[1].get(region, 'none')}" for region, was in formats[0].items() if formats[1].get(region) != was]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ def write(error: PassCrashed, path: Path) -> None:
         body = {
             "schema": REPRODUCER_SCHEMA,
             "pass": _entry_of(error.each),
-            "options": {f.name: getattr(error.each, f.name) for f in fields(error.each) if f.name != "plan"},  # type: ignore[arg-type]
+            "options": {f.name: getattr(error.each, f.name) for f in registry.options(type(error.each)) if f.name != "plan"},
             "plan": "plan.json" if isinstance(plan, PrecisionPlan) else None,
             "error": _described(cause) if cause is not None else error.what,
             "traceback": [

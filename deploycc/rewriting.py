@@ -47,10 +47,11 @@ def chosen_passes(job: Job, phase: str, **options: Any) -> list[Pass]:
     """Return the passes of a phase; a pass gets ``merge``, ``arch`` and ``batch`` where it has a field of that name."""
     target = job.targets[0]
     offered = {"merge": job.request.merge, "batch": job.batch, **({"arch": target.archs[0]} if target.archs else {})}
-    return [
-        cls(**options, **{name: value for name, value in offered.items() if name in cls.__dataclass_fields__})
-        for _, cls in registry.passes(phase)
-    ]
+    chosen: list[Pass] = []
+    for _, cls in registry.passes(phase):
+        fields = {f.name for f in registry.options(cls)}
+        chosen.append(cls(**options, **{name: value for name, value in offered.items() if name in fields}))
+    return chosen
 
 
 def _verifiers(job: Job) -> list[Instrument]:

@@ -147,10 +147,11 @@ def test_build_refuses_a_missing_model(refused: Callable[..., str]) -> None:
 
 
 def test_build_refuses_a_directory_that_is_not_its_own(refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    said = refused("build", CNN, "--target", "tensorrt-rtx", "--out", tmp_path)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years of work")
+    said = refused("build", CNN, "--target", "tensorrt-rtx", "--out", "work")
     assert "is not empty and not a build directory. Where: --out. Fix: choose another directory; deploycc replaces only its own." in said
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years of work"
 
 
 def test_strict_refuses_synthetic_data(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -193,3 +194,33 @@ def test_doctor_shows_every_backend_and_the_formats_of_each_target(run: Run) -> 
     assert all(re.search(rf"^{point.name}: ", text, re.MULTILINE) for point in entry_points(group="deploycc.backends"))
     assert re.search(r"^ +tensorrt-rtx:sm_80 +fp32 fp16 bf16 int8 ···$", text, re.MULTILINE)
     assert re.search(r"^ +tensorrt-rtx:sm_89 +fp32 fp16 bf16 int8 fp8$", text, re.MULTILINE)
+
+
+def test_passes_markdown_prints_the_page(run: Run) -> None:
+    assert run("passes", "--markdown").out == (CNN.parent.parent.parent / "docs" / "passes.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--merge", "most"], "error: unknown way of merging 'most'. Where: --merge. Fix: use one of exact, off, all."),
+        (["--dump", CNN.parent], "is not an empty directory. Where: --dump. Fix: name a directory that does not exist yet."),
+    ],
+)
+def test_build_refuses_pass_options_in_one_paragraph(refused: Callable[..., str], options: list[str], message: str) -> None:
+    assert message in refused("build", CNN, "--target", "tensorrt-rtx", *options)
+
+
+def test_replay_refuses_what_it_cannot_repeat(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "is neither a build nor a reproducer. Where: DIR. Fix: name a directory that deploycc build wrote." in refused(
+        "replay", tmp_path
+    )
+
+
+def test_a_build_is_explained_and_replayed(run: Run, tmp_path: Path) -> None:
+    options = ["--target", "onnxruntime", "--precision", "fp32", "--shape", "image=1:2:4", "--verify-each", "--merge", "off", "--quiet"]
+    assert run("build", CNN, *options, "--out", "out", "--dump", "graphs").code == 0
+    assert (tmp_path / "graphs" / "00-imported.onnx").exists()
+    assert "MergeConvolutions(merge='off'" in run("explain", "out", "--passes").out
+    done = run("replay", "out")
+    assert (done.code, done.out.partition(":")[0]) == (0, "identical")
