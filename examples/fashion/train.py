@@ -1,7 +1,7 @@
 """Train the Fashion-MNIST models and write the ONNX files and data that ship with the repository.
 
     apt-get install dataset-fashion-mnist
-    python examples/fashion/train.py vit cnn        # half an hour on two cores
+    python examples/fashion/train.py vit cnn        # half an hour or more on two cores
 
 The images stay in 0..1; the first layer learns its own normalisation.
 """
