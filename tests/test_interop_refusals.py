@@ -131,6 +131,16 @@ class TestFiles:
         del proto.graph.node[:]
         assert "has no node" in refusal(proto_model(tmp_path, proto))
 
+    def test_without_an_input(self, tmp_path: Path) -> None:
+        proto = relu()
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones((2, 4), np.float32), "x"))
+        assert "the graph has no input" in refusal(proto_model(tmp_path, proto))
+
+    def test_quantized_asymmetrically(self, tmp_path: Path) -> None:
+        pair = "q = QuantizeLinear (x, s, z) y = DequantizeLinear (q, s, z)"
+        text = HEADER + f"g (float[N,4] x) => (float[N,4] y) <float s = {{0.1}}, uint8 z = {{128}}> {{ {pair} }}"
+        assert "zero point other than zero, which TensorRT has not. Where: node" in refusal(text_model(tmp_path, text))
+
 
 def _duplicate_initializer(p: onnx.ModelProto) -> None:
     p.graph.initializer.extend([numpy_helper.from_array(np.ones(2, np.float32), "w")] * 2)

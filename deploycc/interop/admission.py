@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import defs
 
 from deploycc.core.contract import OWN_DOMAINS, STANDARD_DOMAINS
 from deploycc.core.errors import UsageError
+from deploycc.core.graph import constant
 from deploycc.interop.opsets import NEWEST, OLDEST
 from deploycc.interop.protos import anchor, graphs, nodes
 
@@ -186,6 +188,22 @@ def check_types(model: ir.Model, path: Path) -> None:
                 f"the weight '{value.name}' is of type {_type_name(value)}",
                 at=f"'{path}'",
                 fix="keep text and complex numbers outside the model",
+            )
+
+
+def check_zero_points(model: ir.Model, path: Path) -> None:
+    """Refuse a model that was quantized with zero points other than zero, which TensorRT cannot take (rule R1).
+
+    Raises:
+        UsageError: naming the node.
+    """
+    for node in model.graph:
+        zeros = constant(node.inputs[2]) if node.op_type in {"QuantizeLinear", "DequantizeLinear"} and len(node.inputs) > 2 else None
+        if zeros is not None and np.any(zeros.astype(np.float32) != 0):
+            raise UsageError(
+                "the model is quantized with a zero point other than zero, which TensorRT has not",
+                at=f"node '{node.name}' ({node.op_type}) of '{path}'",
+                fix="give the model from before its quantization, or quantize it symmetrically to INT8",
             )
 
 

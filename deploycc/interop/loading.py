@@ -10,7 +10,7 @@ from deploycc.core import child
 from deploycc.core.artefact import Artefact, Stage
 from deploycc.core.contract import OWN_DOMAINS
 from deploycc.core.errors import UsageError
-from deploycc.interop.admission import check_admissible, check_types
+from deploycc.interop.admission import check_admissible, check_types, check_zero_points
 from deploycc.interop.conversion import from_proto
 from deploycc.interop.damage import check_whole
 from deploycc.interop.external import check_external_data
@@ -55,6 +55,7 @@ def load_model(path: Path, *, opset: int = OPSET, timeout: float = TIMEOUT) -> A
     attach(model, held)
     check_types(model, path)
     check_numbers(model, path)
+    check_zero_points(model, path)
     return Artefact(model, Stage.IMPORTED)
 
 

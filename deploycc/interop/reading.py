@@ -114,3 +114,5 @@ def _check_whole(path: Path, proto: onnx.ModelProto) -> None:
     if not proto.graph.node or not proto.graph.output:
         missing = "no node" if not proto.graph.node else "no output"
         raise UsageError(f"the graph has {missing}", at=f"'{path}'", fix="export the model again; it computes nothing as it is")
+    if {v.name for v in proto.graph.input} <= {t.name for t in proto.graph.initializer}:
+        raise UsageError("the graph has no input", at=f"'{path}'", fix="a constant needs no engine; export the model with its inputs")

@@ -87,7 +87,9 @@ def allocate(
     picked = _solve(choices, len(regions), bounds, minimise="latency" if noise_bound is not None else "noise")
     if picked is None:
         raise BudgetError(
-            _infeasible(choices, bounds), at=f"--budget {budget}", fix="relax that bound, or allow more formats by another --target"
+            _infeasible(choices, bounds, base, budget),
+            at=f"--budget {budget}",
+            fix="relax that bound, or allow more formats by another --target",
         )
     return tuple(_explained(choices, choice, regions, noise, base, limited=noise_bound is not None) for choice in picked)
 
@@ -156,13 +158,21 @@ def _undominated(choices: Sequence[Choice], bounds: Mapping[str, float], minimis
     return [c for found in kept.values() for _, c in found]
 
 
-def _infeasible(choices: Sequence[Choice], bounds: Mapping[str, float]) -> str:
-    units = {"bits": "bits of weights", "latency": "microseconds (estimated)", "noise": "noise-to-signal"}
+def _infeasible(choices: Sequence[Choice], bounds: Mapping[str, float], base: Format, budget: Budget) -> str:
+    """Return which bound no plan meets, in the units in which the budget is written."""
+    whole = {name: sum(getattr(c, name) for c in choices if c.format == base) or 1.0 for name in ("bits", "latency")}
+    by_size = budget.size is not None and (budget.bits is None or budget.size * base.bits < budget.bits)
+    units = {
+        "bits": (whole["bits"], f"x the size of {base.name}") if by_size else (whole["bits"] / base.bits, " bits per weight"),
+        "latency": (whole["latency"], f"x the estimated latency of {base.name}"),
+        "noise": (1.0, " of noise to signal"),
+    }
     regions = {c.region for c in choices}
     for name, bound in bounds.items():
         best = sum(min(getattr(c, name) for c in choices if c.region == r) for r in regions)
         if best > bound * (1 + _ROUNDING):
-            return f"no plan reaches {bound:.4g} {units[name]}; the least possible is {best:.4g}"
+            unit, text = units[name]
+            return f"no plan reaches {bound / unit:.4g}{text}; the least possible is {best / unit:.4g}"
     return "no plan meets all bounds at once, though each can be met alone"
 
 

@@ -60,6 +60,12 @@ def score(
 def _points(outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[str, float]:
     for value in outputs.values():
         if labels.ndim == 1 and value.ndim == 2 and value.shape[1] > 1:
+            if labels.size and labels.max() >= value.shape[1]:
+                raise UsageError(
+                    f"the label {labels.max()} is beyond the {value.shape[1]} classes of the output",
+                    at="--eval",
+                    fix="count the classes from 0, in the order in which the model was trained",
+                )
             return "top-1", float((value.argmax(1) == labels).sum())
         if labels.ndim > 1 and value.shape == labels.shape:
             axes = tuple(range(1, value.ndim))

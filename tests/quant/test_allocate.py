@@ -143,9 +143,9 @@ def test_equal_noise_is_decided_by_time() -> None:
 @pytest.mark.parametrize(
     ("budget", "noise_bound", "message"),
     [
-        (Budget(bits=7), None, "no plan reaches 1.4e+04 bits of weights; the least possible is 1.6e+04. Where: --budget bits<=7."),
-        (Budget(size=0.4), None, "no plan reaches 1.28e+04 bits of weights; the least possible is 1.6e+04"),
-        (Budget(latency=0.1), None, "no plan reaches 2 microseconds (estimated); the least possible is 10"),
+        (Budget(bits=7), None, "no plan reaches 7 bits per weight; the least possible is 8. Where: --budget bits<=7."),
+        (Budget(size=0.4), None, "no plan reaches 0.4x the size of fp16; the least possible is 0.5"),
+        (Budget(latency=0.1), None, "no plan reaches 0.1x the estimated latency of fp16; the least possible is 0.5"),
         (Budget(sqnr=30, latency=0.5), 1e-3, "no plan meets all bounds at once, though each can be met alone"),
     ],
 )

@@ -52,6 +52,12 @@ def test_labels_that_fit_no_output(tmp_path: Path) -> None:
         score({"a": Answers(y=lambda v: v)}, data, batch=2)
 
 
+def test_a_label_beyond_the_classes(tmp_path: Path) -> None:
+    data = dataset(tmp_path, graph(MODEL), x=random(2, 2, 2), labels=np.array([0, 2]))
+    with pytest.raises(UsageError, match=r"the label 2 is beyond the 2 classes of the output\. Where: --eval\. Fix: count the classes"):
+        score({"a": Answers(y=lambda v: v[:, 0])}, data, batch=2)
+
+
 def test_no_labels(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no labels\. Where: --eval\."):
         score({}, dataset(tmp_path, graph(MODEL), x=random(2, 2, 2)), batch=2)
