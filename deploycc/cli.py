@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from deploycc import __version__
-from deploycc.core.errors import DeployccError
+from deploycc.core.errors import ContractError, DeployccError, UsageError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 app = typer.Typer(
     name="deploycc",
@@ -198,18 +200,39 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command line; turn each deliberate error into one paragraph and its exit code."""
+    """Run the command line; turn each error into one paragraph and its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # So that children and temporary folders go as with Ctrl-C.
     try:
         app()
-    except DeployccError as error:
-        from rich.console import Console
-
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, emoji=False)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("DEPLOYCC_TRACEBACK"):
+            raise
+        _refuse(error if isinstance(error, DeployccError) else _unforeseen(error))
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # This is what Typer makes of Ctrl-C.
+        if ended.code in {INTERRUPTED, TERMINATED}:  # The first is what Typer makes of Ctrl-C.
             print("interrupted: nothing was written", file=sys.stderr)
         raise
+
+
+def _refuse(error: DeployccError) -> NoReturn:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, emoji=False)
+    sys.exit(error.exit_code)
+
+
+def _unforeseen(error: Exception) -> DeployccError:
+    """Return what to tell of an exception that nothing in deploycc raises on purpose."""
+    import traceback
+
+    if isinstance(error, OSError) and error.strerror:
+        return UsageError(
+            f"the system refuses: {error.strerror}", at=f"'{error.filename or 'unknown'}'", fix="check permissions and free space"
+        )
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"unforeseen {type(error).__name__}: {error}".split())
+    fix = "this is a defect of deploycc: run again with DEPLOYCC_TRACEBACK=1 and report what that prints"
+    return ContractError(what, at=f"line {last.lineno} of {last.filename}", fix=fix)
 
 
 def _escaped(text: str) -> str:

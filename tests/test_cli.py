@@ -133,6 +133,12 @@ def test_option_of_the_wrong_type(refused: Callable[..., str]) -> None:
             ["--data", "missing.npz"],
             "error: the data file does not exist. Where: 'missing.npz'. Fix: check the path given to --data or --eval",
         ),
+        (["--seed", "-1"], "error: -1 is no sound seed. Where: --seed. Fix: give a number of 0 or more, or leave it out."),
+        (["--timeout", "0"], "error: 0.0 is no sound timeout. Where: --timeout. Fix: give a number above 0, or leave it out."),
+        (["--timeout", "nan"], "error: nan is no sound timeout."),
+        (["--workspace", "0"], "error: 0 is no sound workspace."),
+        (["--shape", "x=a:b:c"], "error: cannot read the shape 'x=a:b:c'."),
+        (["--out", "."], "is or holds the working directory. Where: --out. Fix: name a directory in it or beside it."),
         (["--data", "synthetic:few"], "error: cannot read 'synthetic:few'. Where: --data. Fix: write synthetic:N"),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
@@ -152,6 +158,35 @@ def test_build_refuses_a_directory_that_is_not_its_own(refused: Callable[..., st
     said = refused("build", CNN, "--target", "tensorrt-rtx", "--out", "work")
     assert "is not empty and not a build directory. Where: --out. Fix: choose another directory; deploycc replaces only its own." in said
     assert (tmp_path / "work" / "thesis.txt").read_text() == "years of work"
+
+
+def test_build_refuses_to_replace_what_it_reads(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cnn.onnx").write_bytes(CNN.read_bytes())
+    (tmp_path / "out" / "manifest.json").write_text('{"schema": "deploycc.manifest/1"}')
+    said = refused("build", "out/cnn.onnx", "--target", "tensorrt-rtx", "--out", "out")
+    assert "out/cnn.onnx lies in the build directory, which this build would replace. Where: MODEL. Fix: give another --out" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyError("w"), 3, "error: unforeseen KeyError: 'w'. Where: line"),
+        (OSError(28, "No space left on device", "/x/y"), 2, "error: the system refuses: No space left on device. Where: '/x/y'. Fix:"),
+    ],
+)
+def test_what_nobody_foresaw_is_one_paragraph(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, message: str) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("deploycc.doctor.examine", fail)
+    said = run("doctor")
+    assert (said.code, said.out) == (code, "")
+    assert message in said.err
+    monkeypatch.setenv("DEPLOYCC_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["deploycc", "doctor"])
+    with pytest.raises(type(error)):
+        cli.main()
 
 
 def test_strict_refuses_synthetic_data(refused: Callable[..., str], tmp_path: Path) -> None:
