@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 DEFAULT_SIZE = (3, 224, 224)
+OPSETS = range(18, 24)
 
 
 def export(source: str, out: Path, *, weights: Path | None = None, shapes: Sequence[str] = (), opset: int = 20) -> Path:
@@ -40,6 +41,9 @@ def export(source: str, out: Path, *, weights: Path | None = None, shapes: Seque
         raise UsageError(f"'{out}' does not end in .onnx", at="--out", fix="name the file MODEL.onnx")
     if not out.resolve().parent.is_dir():
         raise UsageError(f"the folder {out.resolve().parent} does not exist", at="--out", fix="create it first")
+    if opset not in OPSETS:
+        what = f"PyTorch exports to opset {OPSETS[0]} to {OPSETS[-1]}, not {opset}"
+        raise UsageError(what, at="--opset", fix="leave it out; deploycc build reads every opset from 7 to 23")
     module = _module(source)
     if weights is not None:
         _load_weights(module, weights)

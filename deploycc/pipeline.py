@@ -15,7 +15,7 @@ import onnx_ir as ir
 from deploycc import registry, reproducer
 from deploycc.core.backend import BuildOptions, Engine
 from deploycc.core.errors import BackendError, BudgetError, ContractError
-from deploycc.core.formats import FP16
+from deploycc.core.formats import FORMATS, FP16
 from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, write_manifest
@@ -191,6 +191,9 @@ def _build_engines(job: Job, folder: Path) -> list[Engine]:
 def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, engines: Sequence[Engine]) -> None:
     """Fill the report and write every file of the build directory."""
     report, request = job.report, job.request
+    wanted = FORMATS.get(request.precision, plan.base)
+    if wanted.is_quantized and not any(a.format.is_quantized for a in plan.assignments):
+        job.warn(f"--precision {request.precision} quantized nothing: every region computes in {plan.base}; report.md names the rules")
     findings = {str(e.target): audit.audit(plan, e) for e in engines}
     for engine in engines:
         for text in (*audit.warnings_of(findings[str(engine.target)], engine), *engine.warnings):

@@ -204,6 +204,10 @@ def test_explain_refuses_what_is_no_build(refused: Callable[..., str], tmp_path:
     [
         (["timm:vit", "--out", "model.pb"], "error: 'model.pb' does not end in .onnx. Where: --out. Fix: name the file MODEL.onnx."),
         (["resnet50", "--out", "m.onnx"], "error: cannot read the source 'resnet50'. Where: SOURCE. Fix: write timm:NAME"),
+        (
+            ["timm:vit", "--out", "m.onnx", "--opset", "5"],
+            "error: PyTorch exports to opset 18 to 23, not 5. Where: --opset. Fix: leave it out",
+        ),
         (["timm:vit", "--out", "no/m.onnx"], "does not exist. Where: --out. Fix: create it first."),
     ],
 )

@@ -367,6 +367,13 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "deploycc.cli", *map(str, arguments)]
 
 
+def test_a_format_that_no_region_takes_is_told(tmp_path: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["": 20]> g (float[N,4] x) => (float[N,4] y) { y = Relu (x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    report, _ = build(BuildRequest(tmp_path / "m.onnx", precision="int8", targets=("onnxruntime",), out=tmp_path / "out"))
+    assert "--precision int8 quantized nothing: every region computes in fp32; report.md names the rules" in report.warnings
+
+
 class TestCommandLine:
     def test_quiet_and_exit_codes(self, case: Case) -> None:
         """One process that succeeds in silence, and one that misses its budget."""
