@@ -28,6 +28,7 @@ class EliminateIdentity:
     Before / After:
         ``Relu(Dropout(Identity(x)))`` / ``Relu(x)``
         ``Transpose(Transpose(x, [0, 2, 1]), [1, 0, 2])`` / ``Transpose(x, [1, 2, 0])``
+        ``Add(Mul(x, 1), 0)`` / ``x``
 
     Declines when:
         GRAPH_OUTPUT: the operator gives an output of the graph its name and its input cannot take that name.
@@ -63,7 +64,7 @@ def _visit(node: ir.Node, declines: list[Decline]) -> list[Rewrite]:
     if reason is None:
         what = _compose(node)
         return [Rewrite(anchor, what)] if what else []
-    source, output = node.inputs[0], node.outputs[0]
+    source, output = node.inputs[_kept(node)], node.outputs[0]
     if source is None:
         return []
     if output.is_graph_output() and not can_take_name(source):
@@ -159,11 +160,37 @@ def _repeats_once(node: ir.Node) -> str | None:
     return "Tile once" if repeats is not None and bool(np.all(repeats == 1)) else None
 
 
+def _neutral(node: ir.Node) -> int | None:
+    """Return the position of an operand that is the neutral element of a sum or product, all of it."""
+    wanted = 0 if node.op_type in {"Add", "Sub"} else 1
+    for position in (1, 0) if node.op_type in {"Add", "Mul"} else (1,):
+        array = constant(node.inputs[position])
+        if array is not None and array.size and bool(np.all(array == wanted)):
+            return position
+    return None
+
+
+def _kept(node: ir.Node) -> int:
+    """Return the position of the input that a no-op gives back."""
+    neutral = _neutral(node) if node.op_type in _ARITHMETIC else None
+    return 0 if neutral is None else 1 - neutral
+
+
+def _changes_nothing(node: ir.Node) -> str | None:
+    neutral = _neutral(node)
+    if neutral is None:
+        return None
+    sizes, output = dimensions(node.inputs[1 - neutral]), output_sizes(node, {})
+    return f"{node.op_type} of its neutral element" if sizes is not None and sizes == output else None
+
+
 def _has_one_input(node: ir.Node) -> str | None:
     return f"{node.op_type} of one" if len(node.inputs) == 1 else None
 
 
+_ARITHMETIC = frozenset({"Add", "Div", "Mul", "Sub"})
 _NO_OPS: dict[str, Callable[[ir.Node], str | None]] = {
+    **dict.fromkeys(_ARITHMETIC, _changes_nothing),
     "Cast": _keeps_type,
     "Concat": _has_one_input,
     "Dropout": lambda _: "Dropout in inference",

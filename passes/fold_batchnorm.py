@@ -58,7 +58,7 @@ class FoldBatchnorm:
     magnitude_limit: float = 65504.0
 
     phase: ClassVar[Phase] = "canonicalize"
-    after: ClassVar[tuple[str, ...]] = ("fold-constants", "eliminate-identity")
+    after: ClassVar[tuple[str, ...]] = ("fold-constants", "eliminate-identity", "fold-border")
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Fold every normalization that can be, until nothing changes."""

@@ -19,8 +19,14 @@ NO_OPS = [
     "i = Slice(a, zero, end, one)",
     "i = Slice(a, zero, four, two)",
     "i = Max(a)",
+    "i = Add(a, plus)",
+    "i = Add(plus, a)",
+    "i = Sub(a, plus)",
+    "i = Mul(times, a)",
+    "i = Div(a, times)",
 ]
-CONSTANTS = """<int64[3] same = {-1,1,4}, int64[3] keep = {0,0,0}, int64[3] ones = {1,1,1}, int64[6] none = {0,0,0,0,0,0},
+CONSTANTS = """<float[4] plus = {0,0,0,0}, float[1,1,1] times = {1}, float[2,1,1] twice = {1,1}, float[4] some = {0,0,1,0},
+    int64[3] same = {-1,1,4}, int64[3] keep = {0,0,0}, int64[3] ones = {1,1,1}, int64[6] none = {0,0,0,0,0,0},
     int64[6] shift = {0,0,1,0,0,0},
     int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] four = {4}, int64[1] end = {9223372036854775807}>"""
 
@@ -40,6 +46,10 @@ def test_a_no_op_goes(node: str) -> None:
         "i = Transpose<perm=[0,2,1]>(a)",
         "i = Cast<to=10>(a)",
         "p = Constant<value_ints=[0,0,1,0,0,0]>() i = Pad(a, p)",
+        "i = Sub(plus, a)",
+        "i = Div(times, a)",
+        "i = Add(a, some)",
+        "i = Mul(a, twice)",
     ],
 )
 def test_what_does_something_stays(node: str) -> None:
