@@ -194,6 +194,14 @@ def _check_numbers(request: BuildRequest) -> None:
 
 def _targets(texts: Sequence[str]) -> tuple[Target, ...]:
     chosen = [parse_target(text) for text in dict.fromkeys(texts)] or [_default_target()]
+    for target in chosen:
+        facts = registry.backend(target.backend).doctor()
+        if not facts.get("available"):
+            raise UsageError(
+                f"{target.backend} cannot build here: {facts.get('reason', 'it is not installed')}",
+                at=f"--target {target}",
+                fix="install it, run on a machine that has it, or use --target tensorrt-rtx, which needs no GPU",
+            )
     return tuple(dict.fromkeys(registry.backend(t.backend).resolve(t) for t in chosen))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.core.formats import BF16
 from deploycc.core.graph import FLOAT_TYPES, add_initializer, constant, fresh_name, taken_names
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
 from deploycc.core.quantizers import largest
@@ -65,6 +66,9 @@ class InsertCasts:
         for node in list(model.graph):
             caster.retype(node)
         caster.restore_outputs()
+        if self.plan.base == BF16:
+            # BF16 convolutions are in the standard from opset 22 on (rule R9); nothing else that is here changed its meaning.
+            model.graph.opset_imports[""] = max(22, model.graph.opset_imports.get("", 0))
         return PassResult(tuple(caster.rewrites), tuple(caster.declines))
 
 

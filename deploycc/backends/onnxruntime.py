@@ -23,7 +23,7 @@ from deploycc.backends.modelfile import copy_model
 from deploycc.core import child
 from deploycc.core.backend import BuildOptions, Engine, Executor, Feeds, Realised
 from deploycc.core.errors import BackendError
-from deploycc.core.formats import FORMATS, Format
+from deploycc.core.formats import BF16, FORMATS, Format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -60,12 +60,12 @@ class OnnxRuntime:
         return target
 
     def formats(self, target: Target) -> frozenset[Format]:
-        """Return every format: what the CPU lacks (BF16, FP8) is emulated, never faster."""
-        return frozenset(FORMATS.values())
+        """Return every format but BF16, which the CPU executes for few ops only; FP16 and FP8 are emulated, never faster."""
+        return frozenset(FORMATS.values()) - {BF16}
 
     def unsupported_reason(self, target: Target, wanted: Format) -> str:
-        """Return why ``target`` does not compute in ``wanted``; empty here, since everything runs."""
-        return ""
+        """Return why ``target`` does not compute in ``wanted``, or an empty string."""
+        return "ONNX Runtime has no BF16 convolution on the CPU" if wanted == BF16 else ""
 
     def build(self, model: Path, target: Target, *, out: Path, profiles: Sequence[Profile], options: BuildOptions) -> Engine:
         """Copy ``model`` (and its external data) to ``out`` after a child process has loaded it.

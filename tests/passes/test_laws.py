@@ -18,6 +18,8 @@ from deploycc.core.passes import Pass, PassResult, run
 CLASSES = {e.name: e.load() for e in entry_points(group="deploycc.passes")}
 CANONICAL_PASSES = {name: cls for name, cls in CLASSES.items() if cls.phase == "canonicalize"}
 BATCH = 2
+# Random graphs are of opset 20. These passes rewrite ops of later opsets; their own tests compare meaning.
+NEWER_OPSETS = {"decompose-attention"}
 
 each_pass = pytest.mark.parametrize("name", CANONICAL_PASSES)
 law = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -143,7 +145,7 @@ def test_explains_its_declines(name: str, data: st.DataObject) -> None:
         assert decline.reason
 
 
-@each_pass
+@pytest.mark.parametrize("name", [n for n in CANONICAL_PASSES if n not in NEWER_OPSETS])
 def test_the_laws_are_not_vacuous(name: str) -> None:
     counts: list[int] = []
 
