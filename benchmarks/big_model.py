@@ -99,7 +99,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         found = measure(Path(name), given.gigabytes)
-    print(f"{found['bytes'] / 1e9:.2f} GB, {found['nodes']:.0f} nodes left after {found['rewrites']:.0f} rewrites, {found['seconds']:.0f} s")
+    print(
+        f"{found['bytes'] / 1e9:.2f} GB, {found['nodes']:.0f} nodes left after {found['rewrites']:.0f} rewrites, {found['seconds']:.0f} s"
+    )
     print(f"peak {found['peak'] / 1e9:.2f} GB, {found['peak'] / found['bytes']:.2f} times the model (limit {LIMIT})")
 
 

@@ -109,6 +109,23 @@ def padded(b: Builder, draw: Draw) -> None:
     b.becomes(output, lipschitz=gain(weight), roundings=40, magnitude=gain(weight) * b.magnitude)
 
 
+def bordered(b: Builder, draw: Draw) -> None:
+    """Write the bias of a pointwise convolution, or something else, in front of the rows of its output."""
+    if not map_first(b):
+        return
+    weight, shift, (_, height, width) = b.weights(4, 4, 1, 1), b.weights(4), b.shape
+    inside = convolve(b, b.value, weight, bias=shift)
+    padded_map = b.node(f"Pad({inside}, {b.tensor(np.array([0, 0, 1, 0, 0, 0, 0, 0]), 'int64')})")
+    batch, fixed = b.node(f"Shape<start=0, end=1>({b.value})"), b.tensor(np.array([1, 4]), "int64")
+    size = b.node(f"Concat<axis=0>({fixed}, {batch}, {b.tensor(np.array([width]), 'int64')})")
+    value = b.tensor((shift + draw(st.sampled_from([0, 0, 1]))).reshape(1, 4, 1, 1))  # type: ignore[operator]
+    rows = b.node(f"Transpose<perm=[2,1,0,3]>({padded_map})")
+    written = b.node(f"ScatterND({rows}, {b.tensor(np.array([[0]]), 'int64')}, {b.node(f'Expand({value}, {size})')})")
+    output = b.node(f"Transpose<perm=[2,1,0,3]>({written})")
+    b.shape = (4, height + 1, width)
+    b.becomes(output, lipschitz=gain(weight), roundings=6, magnitude=gain(weight) * b.magnitude + 2)
+
+
 def shared(b: Builder, draw: Draw) -> None:
     """Apply one kernel to every channel by way of the batch."""
     if not map_first(b):

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
-from merge_fragments import MERGEABLE, convolutions, layers, padded, parallel, scaled, shared
+from merge_fragments import MERGEABLE, bordered, convolutions, layers, padded, parallel, scaled, shared
 
 Draw = Callable[[st.SearchStrategy[object]], object]
 
@@ -259,6 +259,7 @@ FRAGMENTS = (
 # What a pass works on, where that is one fragment of many; a third party brings its own by entry point.
 TOWARD = {
     **{point.name: point.load() for point in entry_points(group="deploycc.law_fragments")},
+    "fold-border": bordered,
     "fold-layerscale": scaled,
     "fold-pad": padded,
     "fuse-layernorm": layernorm,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from deploycc.interop.frontend import normalized
 
 
-def exported(module: nn.Module, *shape: int, dynamic: bool = True, sizes: bool = False, opset: int = 20) -> ir.Model:
+def exported(module: nn.Module, *shape: int, dynamic: bool = True, sizes: bool = False, opset: int = 20, largest: int = 64) -> ir.Model:
     """Export without the exporter's own optimizer, the batch dynamic, height and width too with ``sizes``."""
     import onnx
 
     axes = {0: torch.export.Dim("N", min=1, max=64)}
     if sizes:
-        axes |= {2: torch.export.Dim("H", min=8, max=64), 3: torch.export.Dim("W", min=8, max=64)}
+        axes |= {2: torch.export.Dim("H", min=8, max=largest), 3: torch.export.Dim("W", min=8, max=largest)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
