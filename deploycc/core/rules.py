@@ -8,6 +8,7 @@ RULES: dict[str, str] = {
     "R4": "Activations have one scale per tensor; only weights have scales per axis.",
     "R5": "Weight axis: 0 for Conv and Gemm with transB, the last (N) axis for MatMul.",
     "R7": "A scale has the type of the values it scales (strong typing).",
+    "R9": "Opsets are raised only as far as a format needs: BF16 convolutions exist from opset 22 on.",
     "R12": "The bias stays in floating point.",
     "R13": "Weights are stored quantized, followed by DequantizeLinear only.",
     "P1": "All inputs of a weighted op are quantized, activation and weight.",
