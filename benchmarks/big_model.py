@@ -103,6 +103,8 @@ def main() -> None:
         f"{found['bytes'] / 1e9:.2f} GB, {found['nodes']:.0f} nodes left after {found['rewrites']:.0f} rewrites, {found['seconds']:.0f} s"
     )
     print(f"peak {found['peak'] / 1e9:.2f} GB, {found['peak'] / found['bytes']:.2f} times the model (limit {LIMIT})")
+    if found["peak"] > LIMIT * found["bytes"]:
+        raise SystemExit("too much")
 
 
 if __name__ == "__main__":

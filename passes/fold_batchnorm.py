@@ -15,10 +15,12 @@ from deploycc.core.graph import (
     fresh_name,
     inherit_metadata,
     int_attribute,
+    is_constant,
     rank,
     replace_value,
     substitute,
     taken_names,
+    widened,
 )
 from deploycc.core.linear import Affine, pads_borders, scale_inputs, scale_outputs
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
@@ -127,11 +129,13 @@ class FoldBatchnorm:
 
     def refusal(self, linear: ir.Node, weight: np.ndarray, bias: np.ndarray) -> str | None:
         """Return why folded parameters are not fit for use, if they are not."""
-        before = constant(linear.inputs[1])
-        largest = max(float(np.max(np.abs(a), initial=0.0)) for a in (weight, bias))
+        largest = max(_largest(weight), _largest(bias))
         if not np.isfinite(largest):
             return "a folded parameter is not finite"
-        original = 0.0 if before is None else float(np.max(np.abs(before.astype(np.float64)), initial=0.0))
+        if largest <= self.magnitude_limit:
+            return None
+        before = widened(linear.inputs[1])
+        original = 0.0 if before is None else _largest(before)
         return f"the largest folded parameter is {largest:g}" if largest > max(self.magnitude_limit, original) else None
 
 
@@ -145,6 +149,11 @@ class _Addition:
     @property
     def bias(self) -> ir.Value | None:
         return self.node.inputs[self.position]
+
+
+def _largest(array: np.ndarray) -> float:
+    """Return the largest magnitude, NaN if there is one, without a copy of the array."""
+    return float(np.maximum(np.max(array, initial=0.0), -np.min(array, initial=0.0)))
 
 
 def _affine_map(node: ir.Node) -> Affine | Decline:
@@ -175,7 +184,7 @@ def _before(node: ir.Node) -> tuple[ir.Node, _Addition | None] | Decline:
             return Decline(anchor, "GRAPH_OUTPUT", f"'{each.name}' is an output of the graph")
         if each is not None and len(each.uses()) > 1:
             return Decline(anchor, "MULTI_CONSUMER", f"'{each.name}' is read {len(each.uses())} times")
-    if constant(linear.inputs[1]) is None:
+    if not is_constant(linear.inputs[1]):
         return Decline(anchor, "NONCONST_WEIGHT", f"the weight of '{linear.name}' is computed")
     if len(linear.inputs) > 2 and linear.inputs[2] is not None and constant(linear.inputs[2]) is None:
         return Decline(anchor, "NONCONST_BIAS", f"the bias of '{linear.name}' is computed")
@@ -209,7 +218,7 @@ def _after(node: ir.Node, affine: Affine) -> list[ir.Node] | Decline:
     if len(linear) != len(readers) or len(set(readers)) != len(readers) or any(n.inputs[0] is not output for n in readers):
         return Decline(anchor, "MULTI_CONSUMER", f"'{output.name}' is read by something that is not linear in it")
     for reader in readers:
-        if constant(reader.inputs[1]) is None:
+        if not is_constant(reader.inputs[1]):
             return Decline(anchor, "NONCONST_WEIGHT", f"the weight of '{reader.name}' is computed")
         if len(reader.inputs) > 2 and reader.inputs[2] is not None and constant(reader.inputs[2]) is None:
             return Decline(anchor, "NONCONST_BIAS", f"the bias of '{reader.name}' is computed")

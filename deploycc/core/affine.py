@@ -21,6 +21,7 @@ from deploycc.core.graph import (
     is_constant,
     rank,
     substitute,
+    widened,
 )
 
 if TYPE_CHECKING:
@@ -235,10 +236,10 @@ def _channels(value: ir.Value) -> int | None:
 
 
 def _array(value: ir.Value | None) -> np.ndarray:
-    found = constant(value)
+    found = widened(value)
     if found is None:
         raise TypeError("a constant was expected")
-    return found.astype(np.float64)
+    return found
 
 
 def _bias(value: ir.Value | None, outputs: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,20 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     if value is None or value.const_value is None or not is_constant(value):
         return None
     return value.const_value.numpy()
+
+
+def widened(value: ir.Value | None) -> np.ndarray | None:
+    """Return a float64 copy of an initializer; external data is unmapped again, so that its pages do not stay in memory."""
+    array = constant(value)
+    if array is None or value is None:
+        return None
+    wide: np.ndarray = np.array(array, dtype=np.float64)
+    del array
+    if isinstance(value.const_value, ir.ExternalTensor):
+        # An array that somebody else still holds keeps the pages; they go with it.
+        with suppress(BufferError):
+            value.const_value.release()
+    return wide
 
 
 def is_constant(value: ir.Value | None) -> bool:

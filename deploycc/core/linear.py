@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.core.graph import attribute, constant, float_attribute, int_attribute, ints_attribute
+from deploycc.core.graph import attribute, constant, float_attribute, int_attribute, ints_attribute, widened
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,12 +31,12 @@ def parameters(linear: ir.Node, bias: np.ndarray | None = None) -> tuple[np.ndar
     Raises:
         TypeError: if the weight is computed.
     """
-    weight = constant(linear.inputs[1])
+    weight = widened(linear.inputs[1])
     given = constant(linear.inputs[2]) if len(linear.inputs) > 2 else bias
     if weight is None:
         raise TypeError(f"the weight of '{linear.name}' is computed")
     beta = float_attribute(linear, "beta", 1.0) if linear.op_type == "Gemm" else 1.0
-    return weight.astype(np.float64), (np.zeros(1) if given is None else given.astype(np.float64)) * beta
+    return weight, (np.zeros(1) if given is None else given.astype(np.float64)) * beta
 
 
 def scale_outputs(linear: ir.Node, affine: Affine, bias: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from torch_blocks import Dbb, MobileOne, RepVgg, exported, randomized
 from deploycc import registry
 from deploycc.core.contract import CANONICAL
 from deploycc.core.passes import run
+from deploycc.export import declare_torchvision_operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,6 +99,7 @@ def test_a_deep_residual_network_of_diverse_branches_is_kept_and_merged() -> Non
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
 @pytest.mark.parametrize("name", TIMM)
 def test_a_network_of_timm_is_kept(name: str) -> None:
+    declare_torchvision_operators()
     import timm
 
     torch.manual_seed(0)
