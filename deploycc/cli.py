@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     help="Compile vision models to TensorRT engines. Precision is chosen layer by layer; the evidence comes with the engine.",
     epilog="Start with: deploycc build model.onnx --precision mixed. Exit codes: 0 built and verified, 2 the request cannot be met, "
     "3 a contract was broken, 4 the backend failed, 5 a budget was missed.",

@@ -392,7 +392,15 @@ class TestCommandLine:
         before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
         options = {"--precision": "mixed", "--target": ADA, "--shape": "image=1:8:16", "--out": out, "--eval": case.labelled}
         arguments = ("build", case.model, *(part for pair in options.items() for part in pair))
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        # A test run in the background of a shell ignores SIGINT, and its children with it; a user's terminal does not.
+        process = subprocess.Popen(
+            command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             deadline = time.monotonic() + 100
             while not list(case.folder.glob(".interrupted.*")):

@@ -121,7 +121,14 @@ def test_ctrl_c_stops_the_build_at_once(tmp_path):
         "from deploycc.core.backend import BuildOptions; from deploycc.core.target import parse_target as target;"
         "Rtx().build(Path('model.onnx'), target('tensorrt-rtx:sm_89'), out=Path('m.engine'), profiles=[], options=BuildOptions())"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE)
+    # A test run in the background of a shell ignores SIGINT, and its children with it; a user's terminal does not.
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     child = compiling_child(parent)
     start = time.perf_counter()
     parent.send_signal(signal.SIGINT)

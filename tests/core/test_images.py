@@ -69,7 +69,7 @@ def test_crop_keeps_the_centre(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preprocessing", "expected"),
     [
-        (None, "add a section [preprocessing] to deploycc.toml"),
+        (None, "give --config deploycc.toml with a section [preprocessing]"),
         ({"mean": 0.5}, "the key 'size' is missing"),
         ({"size": 8, "gamma": 2}, "unknown key 'gamma'"),
         ({"size": "big"}, "a value cannot be read"),
