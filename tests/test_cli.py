@@ -75,7 +75,7 @@ def test_every_command_has_help_with_a_summary(run: Run, command: str) -> None:
     assert done.code == 0
     assert done.err == ""
     assert re.search(rf"^ *Usage: .*{command} \[OPTIONS\]", done.out, re.MULTILINE)
-    assert re.search(r"^ +[A-Z][a-z]+ .*\. *$", done.out, re.MULTILINE)
+    assert re.search(r"^ +[A-Z][a-z]+ .*?\.\s*$", done.out, re.MULTILINE | re.DOTALL)
 
 
 def test_help_names_every_command_and_exit_code(run: Run) -> None:
