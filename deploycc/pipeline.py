@@ -149,18 +149,20 @@ def _find_islands(job: Job, canonical: Artefact, analysis: Analysis) -> bool:
 
 def _verify(job: Job, lowered: Artefact) -> tuple[list[str], float]:
     """Measure the lowered graph against the original; return the missed bounds and the worst SQNR."""
-    original = job.reference.executor(job.imported.model)
     built = job.reference.executor(lowered.model, simulate=True)
     data = (job.evaluation or job.calibration).take(VERIFY_SAMPLES)
-    compared = numerics.compare(original, built, data, batch=job.largest_batch, progress=job.watch.progress)
+    compared = numerics.compare(job.original, built, data, batch=job.largest_batch, progress=job.watch.progress)
     job.report.verification = [{**asdict(c), "executed": "model.onnx on the CPU", "data": data.source} for c in compared]
     worst = min((c.sqnr_db for c in compared), default=0.0)
     misses = []
     if job.budget.sqnr is not None and worst < job.budget.sqnr:
         misses.append(f"SQNR is {worst:.1f} dB, the budget asks for {job.budget.sqnr:g} dB")
     if job.evaluation is not None:
-        executors = {"fp32": original, "built": built}
+        # A later round of the guard changes the built model only.
+        known = {"fp32": job.report.accuracy["fp32"]} if job.report.accuracy else {}
+        executors = {"built": built} if known else {"fp32": job.original, "built": built}
         metric, points = accuracy.score(executors, job.evaluation, batch=job.largest_batch, progress=job.watch.progress)
+        points = {**known, **points}
         result = accuracy.Accuracy(metric, points["fp32"], points["built"], job.evaluation.samples)
         job.report.accuracy = {**asdict(result), "drop": result.drop}
         if job.budget.accuracy_drop is not None and result.drop > job.budget.accuracy_drop:

@@ -6,6 +6,7 @@ import time
 import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from deploycc.core.artefact import Artefact
+    from deploycc.core.backend import Executor
     from deploycc.instruments import Dump
 
 SYNTHETIC_SAMPLES = 32
@@ -109,6 +111,12 @@ class Job:
     def batch(self) -> int:
         """Return the batch size for running data through graphs."""
         return self.profiles[0].optimum[0] if self.profiles and self.profiles[0].optimum else 1
+
+    @cached_property
+    def original(self) -> Executor:
+        """Return the executor of the imported model, which every round of verification is measured against."""
+        executor: Executor = self.reference.executor(self.imported.model)
+        return executor
 
     @property
     def largest_batch(self) -> int:

@@ -9,8 +9,6 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from deploycc.core.graph import constant_bytes
-
 
 class Stage(Enum):
     """How far a graph has come. Every stage has a contract (``deploycc.core.contract``)."""
@@ -44,7 +42,7 @@ def digest_of(model: ir.Model) -> str:
         tensor = model.graph.initializers[name].const_value
         if tensor is not None:
             sha.update(f"{name}:{tensor.dtype}:{tensor.shape};".encode())
-            sha.update(constant_bytes(tensor))
+            sha.update(tensor.tobytes())
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         attributes = ",".join(f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items()))
         inputs = ",".join(v.name or "" if v is not None else "" for v in node.inputs)
@@ -57,5 +55,5 @@ def _attribute_text(attribute: ir.Attr) -> str:
     if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return "graph"
     if attribute.type == ir.AttributeType.TENSOR:
-        return hashlib.sha256(constant_bytes(attribute.value)).hexdigest()
+        return hashlib.sha256(attribute.value.tobytes()).hexdigest()
     return repr(attribute.value)

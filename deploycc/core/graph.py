@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -42,11 +42,6 @@ def scalar(value: ir.Value | None) -> float | None:
     if value is None or not is_constant(value) or value.const_value is None or value.const_value.size != 1:
         return None
     return float(value.const_value.numpy().reshape(-1)[0])
-
-
-def constant_bytes(tensor: ir.TensorProtocol) -> bytes:
-    """Return the little-endian bytes of a tensor."""
-    return tensor.tobytes()
 
 
 def sole_consumer(value: ir.Value) -> ir.Node | None:
@@ -156,12 +151,6 @@ def remove_unused_initializers(graph: ir.Graph) -> None:
     """Drop initializers that nobody reads."""
     for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[name]
-
-
-def float_values(nodes: Sequence[ir.Node]) -> Iterator[ir.Value]:
-    """Yield the floating-point outputs of ``nodes``."""
-    for node in nodes:
-        yield from (v for v in node.outputs if v.dtype in FLOAT_TYPES)
 
 
 def opset(model: ir.Model) -> int:
