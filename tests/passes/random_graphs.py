@@ -236,6 +236,45 @@ def gelu(b: Builder, draw: Draw) -> None:
     b.becomes(output, lipschitz=1.13, roundings=24, magnitude=b.magnitude, inner=b.magnitude + 3)
 
 
+def softmax(b: Builder, draw: Draw) -> None:
+    """Normalize the last axis to a distribution, in one node or in the steps that it stands for."""
+    b.value, b.magnitude = b.node(f"Mul({b.value}, {b.number(1 / 16, 0)})"), b.magnitude / 16
+    size, axis = b.shape[-1], b.node("Constant<value_ints=[-1]>()")
+    shifted = b.node(f"Sub({b.value}, {b.node(f'ReduceMax({b.value}, {axis})')})") if draw(st.booleans()) else b.value
+    grown = b.node(f"Exp({shifted})")
+    total = b.node(f"ReduceSum({grown}, {axis})")
+    if draw(st.integers(0, 3)) == 0:
+        b.taps.append(f"{grown}:{len(b.shape)}")
+    # A change of d in every argument moves the distribution by at most 2 d, all entries together.
+    b.becomes(b.node(f"Div({grown}, {total})"), lipschitz=1 / 8, roundings=size + 8, magnitude=1, inner=float(np.exp(b.magnitude)))
+
+
+def attention(b: Builder, draw: Draw) -> None:
+    """Attend from a value to itself, with the scale on the scores, on the query, on the key, or spread."""
+    b.value, b.magnitude = b.node(f"Mul({b.value}, {b.number(1 / 8, 0)})"), b.magnitude / 8
+    if len(b.shape) == 1:
+        relu(b, draw)
+        return
+    rows, width, order = b.shape[-2], b.shape[-1], list(range(len(b.shape) + 1))
+    query, value, size = b.value, b.value, b.magnitude
+    key = b.node(f"Transpose<perm=[{','.join(map(str, [*order[:-2], order[-1], order[-2]]))}]>({b.value})")
+    places = draw(st.sets(st.sampled_from(["scores", "query", "key", "late"])))
+    query, key = (b.node(f"Mul({v}, {b.number(0.5, 0)})") if p in places else v for v, p in ((query, "query"), (key, "key")))  # type: ignore[operator]
+    scores = b.node(f"MatMul({query}, {key})")
+    if "scores" in places:  # type: ignore[operator]
+        scores = b.node(f"Div({scores}, {b.number(2.0, 0)})")
+    if draw(st.booleans()):
+        scores = b.node(f"Add({scores}, {b.tensor(b.weights(rows, rows))})")
+    if "late" in places:  # type: ignore[operator]
+        scores = b.node(f"Mul({scores}, {b.number(0.5, 0)})")
+    if draw(st.integers(0, 3)) == 0:
+        b.taps.append(f"{scores}:{len(b.shape)}")
+    weights = b.node(f"Softmax<axis=-1>({scores})")
+    steep = 1 + 2 * size * 2 * width * size
+    inner = (2 * size * (width + 6) + 4) * width * size**2 + (rows + 8) * size
+    b.becomes(b.node(f"MatMul({weights}, {value})"), lipschitz=steep / 8, roundings=1, magnitude=size, inner=inner)
+
+
 FRAGMENTS = (
     convolution_and_normalization,
     gelu,
@@ -259,10 +298,12 @@ FRAGMENTS = (
 # What a pass works on, where that is one fragment of many; a third party brings its own by entry point.
 TOWARD = {
     **{point.name: point.load() for point in entry_points(group="deploycc.law_fragments")},
+    "canonicalize-attention": attention,
     "fold-border": bordered,
     "fold-layerscale": scaled,
     "fold-pad": padded,
     "fuse-layernorm": layernorm,
+    "fuse-softmax": softmax,
     "lower-shared-kernel": shared,
     "merge-branches": parallel,
     "merge-convolutions": convolutions,
