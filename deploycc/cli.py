@@ -179,6 +179,33 @@ def explain(
 
 
 @app.command()
+def bundle(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory.")],
+    out: Annotated[Path | None, typer.Option(metavar="B", help="The bundle's directory; default DIR with the suffix .bundle.")] = None,
+    triton: Annotated[Path | None, typer.Option(metavar="REPO", help="Write the model into this Triton model repository, too.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Golden inputs, as for build; default: the calibration data, else synthetic.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="TXT", help="The names of the classes, one per line.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="TOML", help="deploycc.toml, whose section [preprocessing] is passed on.")] = None,
+    plugin: Annotated[list[Path] | None, typer.Option(metavar="LIB", help="A plugin library that the engines need; repeat it.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of synthetic golden inputs.")] = 0,
+) -> None:
+    """Bundle a build for serving: engines, ONNX fallbacks, golden inputs and outputs, and the hash of every file.
+
+    Example:  deploycc bundle vit.deploycc --labels classes.txt --triton models/
+    """
+    from deploycc.serve.bundle import BundleRequest
+    from deploycc.serve.bundle import bundle as run_bundle
+
+    request = BundleRequest(directory, out=out, data=data, labels=labels, config=config, plugins=tuple(plugin or ()), seed=seed)
+    result = run_bundle(request)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"wrote {result.directory}: {', '.join(v['path'] for v in result.manifest['variants'])}")
+
+
+@app.command()
 def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory, or the reproducer of a crash.")]) -> None:
     """Run a build again from its manifest, or a crashed pass from its reproducer, and say what drifted.
 

@@ -242,7 +242,7 @@ def _calibration_data(request: BuildRequest, inputs: Sequence[ir.Value], profile
     beside = request.model.with_suffix(".calib.npz")
     spec = request.data or (str(beside) if beside.exists() else None)
     data = open_data(
-        spec or f"synthetic:{SYNTHETIC_SAMPLES}", inputs, profiles, seed=request.seed, preprocessing=_preprocessing(request)
+        spec or f"synthetic:{SYNTHETIC_SAMPLES}", inputs, profiles, seed=request.seed, preprocessing=read_preprocessing(request.config)
     ).take(CALIBRATION_SAMPLES)
     if data.synthetic and request.strict and request.precision not in WITHOUT_CALIBRATION:
         raise UsageError("there is no calibration data", at="--strict", fix=f"give --data, or put {beside.name} beside the model")
@@ -254,22 +254,26 @@ def _evaluation_data(request: BuildRequest, budget: Budget, inputs: Sequence[ir.
         if budget.accuracy_drop is not None:
             raise UsageError("a bound on accuracy needs labelled data", at="--budget accuracy-drop", fix="give --eval FILE.npz with labels")
         return None
-    evaluation = open_data(request.eval, inputs, profiles, seed=request.seed, preprocessing=_preprocessing(request))
+    evaluation = open_data(request.eval, inputs, profiles, seed=request.seed, preprocessing=read_preprocessing(request.config))
     if evaluation.labels is None:
         raise UsageError(f"{request.eval} holds no labels", at="--eval", fix="add an array named 'labels'")
     return evaluation
 
 
-def _preprocessing(request: BuildRequest) -> dict[str, Any] | None:
-    """Return the section [preprocessing] of the configuration file, or None when there is no file or no section."""
-    if request.config is None:
+def read_preprocessing(config: Path | None) -> dict[str, Any] | None:
+    """Return the section [preprocessing] of the configuration file, or None when there is no file or no section.
+
+    Raises:
+        UsageError: when the file cannot be read, or holds what nothing reads.
+    """
+    if config is None:
         return None
     try:
-        entries = tomllib.loads(request.config.read_text())
+        entries = tomllib.loads(config.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{request.config} cannot be read: {error}", at="--config", fix="give a TOML file") from error
+        raise UsageError(f"{config} cannot be read: {error}", at="--config", fix="give a TOML file") from error
     unknown = sorted(set(entries) - {"preprocessing"})
     if unknown or not isinstance(entries.get("preprocessing", {}), dict):
         named = ", ".join(f"'{name}'" for name in unknown) or "'preprocessing' as a value"
-        raise UsageError(f"{request.config} has {named}, which nothing reads", at="--config", fix="its only section is [preprocessing]")
+        raise UsageError(f"{config} has {named}, which nothing reads", at="--config", fix="its only section is [preprocessing]")
     return entries.get("preprocessing")
