@@ -212,6 +212,28 @@ def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A buil
     Exit codes: 0 it came out as recorded (a crash: no longer happens), 3 it did not, 2 an input is missing or has changed.
     """
     from deploycc.replay import replay as run_replay
+@app.command()
+def lint(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file, quantized by anybody.")],
+    target: Annotated[
+        str, typer.Option(metavar="T", help="e.g. tensorrt-rtx:sm_89: formats that this target lacks are findings too.")
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print every finding as JSON, for programs.")] = False,
+) -> None:
+    """Say what in the Q/DQ of a model TensorRT refuses, or computes slower or in another format than the file asks for.
+
+    Exit codes: 0 no error (there may be warnings and notes), 1 at least one error, 2 the file cannot be read.
+
+    Examples:
+        deploycc lint model_int8.onnx --target tensorrt-rtx:sm_89
+    """
+    from deploycc.lint.linting import lint as run_lint
+
+    inspection = run_lint(model, target=target)
+    print(inspection.to_json() if json else inspection, end="" if json else "\n")
+    raise typer.Exit(inspection.exit_code)
+
+
 
     verdict = run_replay(directory)
     print(verdict.text)
