@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from deploycc.core.data import Dataset
     from deploycc.core.plan import Region
+    from deploycc.quant.lrp.tape import Visit
 
 Progress = Callable[[int, int], None]
 MEMORY = 2**30
@@ -72,6 +73,7 @@ def measure_relevance(
     fallback: str | None = None,
     stable: float | None = STABLE,
     checkpoint: Path | None = None,
+    also: Visit | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Relevance:
     """Return the relevance of every layer of ``regions``.
@@ -86,6 +88,7 @@ def measure_relevance(
         stable: stop when the order of the layers correlates this well between the odd and the even samples, and did at the
             checkpoint before; None to take every sample.
         checkpoint: a file that keeps what was measured; a run that finds it goes on where it ended.
+        also: sees every node of every walk.
         progress: called with samples done and in all.
 
     Raises:
@@ -97,7 +100,8 @@ def measure_relevance(
     table = _Table.open(checkpoint, _fingerprint(model, layers, data, fallback), len(layers))
     stop = _stable_count(table, layers, stable)
     if stop is None:
-        for rows, sizes in sweeps(model, layers, data, batch=batch, memory=memory, fallback=fallback, skip=len(table.rows)):
+        done = len(table.rows)
+        for rows, sizes in sweeps(model, layers, data, batch=batch, memory=memory, fallback=fallback, skip=done, also=also):
             table.add(rows, sizes)
             progress(len(table.rows), data.samples)
             if (stop := _stable_count(table, layers, stable)) is not None:

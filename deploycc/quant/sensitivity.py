@@ -1,8 +1,9 @@
-"""How much the outputs change when one region alone is quantized.
+"""How much the outputs change when one region alone is quantized, measured.
 
 One graph holds both versions of every region behind an ``If`` whose flag is an input, so that the runtime prepares the
 weights once and a score costs one forward pass. What is quantized is exactly what ``insert-qdq`` would quantize. The score is
-the noise-to-signal ratio at the outputs, ``||y_q - y||^2 / ||y||^2``, over the same samples for every region.
+the noise-to-signal ratio at the outputs, ``||y_q - y||^2 / ||y||^2``, or the divergence of the class probabilities, over the same
+samples for every region. ``deploycc.quant.methods`` has all ways of scoring.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from deploycc.core.formats import FP32, Format
 from deploycc.core.graph import add_initializer, constant
 from deploycc.core.placement import weight_axis
 from deploycc.core.quantizers import decode, quantize_weight, scale_like
+from deploycc.quant.classes import class_axis
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,14 +37,41 @@ Progress = Callable[[int, int], None]
 Scales = Mapping[str, Mapping[str, float]]
 
 
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How sure a region's sensitivity is: mean and standard error over the samples, before it meets any format."""
+
+    mean: float
+    stderr: float
+    samples: int
+
+
 @dataclass(frozen=True)
 class Scores:
-    """Noise-to-signal ratio per region and format, with the method and the number of samples."""
+    """Noise per region and format, with the method, the number of samples and, where samples were scored singly, the evidence.
+
+    ``noise`` is a noise-to-signal ratio at the outputs, measured or estimated. ``stability`` is the rank correlation of the regions
+    between two halves of the samples.
+    """
 
     method: str
     samples: int
     seconds: float
     noise: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
+    stability: float | None = None
+
+    def score(self, region: str, format: str) -> float:
+        """Return the noise of ``region`` in ``format``."""
+        return self.noise[region][format]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How far an output moved from what it was (``distance``), and what counts as 1 (``size``); both are summed over batches."""
+
+    distance: Callable[[np.ndarray, np.ndarray], float]
+    size: Callable[[np.ndarray], float]
 
 
 def measure_noise(
@@ -54,9 +83,10 @@ def measure_noise(
     *,
     reference: Reference,
     batch: int = 8,
+    metric: Metric | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Scores:
-    """Return the output noise of quantizing each region alone, in each format it allows."""
+    """Return the output noise of quantizing each region alone, in each format it allows; ``metric`` is ``NOISE`` unless given."""
     start = time.perf_counter()
     noise: dict[str, dict[str, float]] = {region.name: {} for region in regions}
     work = [(f, [r for r in regions if f.name in r.formats]) for f in formats]
@@ -65,28 +95,50 @@ def measure_noise(
         if not eligible:
             continue
         run = reference.executor(_switchable(model, eligible, format, scales))
-        ratios = _noise_per_region(run, len(eligible), data.batches(batch), partial(_tick, progress, done, total))
+        raised = list(np.eye(len(eligible), dtype=bool))
+        ratios = _noise_of(run, raised, data.batches(batch), metric or NOISE, partial(_tick, progress, done, total))
         for region, ratio in zip(eligible, ratios, strict=True):
             noise[region.name][format.name] = ratio
         done += len(eligible)
     return Scores("output-noise", data.samples, time.perf_counter() - start, noise)
 
 
+def measure_whole(
+    model: ir.Model,
+    regions: Sequence[Region],
+    formats: Sequence[Format],
+    scales: Scales,
+    data: Dataset,
+    *,
+    reference: Reference,
+    batch: int = 8,
+) -> dict[str, float]:
+    """Return per format the noise-to-signal ratio at the outputs with every region quantized that allows it."""
+    whole = {}
+    for format in formats:
+        if eligible := [r for r in regions if format.name in r.formats]:
+            run = reference.executor(_switchable(model, eligible, format, scales))
+            (whole[format.name],) = _noise_of(run, [np.ones(len(eligible), bool)], data.batches(batch), NOISE)
+    return whole
+
+
 def _tick(progress: Progress, before: int, total: int, done: int) -> None:
     progress(before + done, total)
 
 
-def _noise_per_region(run: Executor, count: int, batches: Iterable[Feeds], tick: Callable[[int], None]) -> list[float]:
-    """Return the noise-to-signal ratio with each of the ``count`` flags raised alone."""
-    error, power = np.zeros(count), 0.0
+def _noise_of(
+    run: Executor, raised: Sequence[np.ndarray], batches: Iterable[Feeds], metric: Metric, tick: Callable[[int], None] = lambda done: None
+) -> list[float]:
+    """Return the noise for each choice of ``raised`` flags."""
+    error, size = np.zeros(len(raised)), 0.0
     for feeds in batches:
-        plain = run({**feeds, FLAG: np.zeros(count, bool)})
-        power += sum(_power(v) for v in plain.values())
-        for i in range(count):
-            quantized = run({**feeds, FLAG: np.arange(count) == i})
-            error[i] += sum(_distance(quantized[k], v) for k, v in plain.items())
+        plain = run({**feeds, FLAG: np.zeros_like(raised[0])})
+        size += sum(metric.size(v) for v in plain.values())
+        for i, flags in enumerate(raised):
+            quantized = run({**feeds, FLAG: flags})
+            error[i] += sum(metric.distance(quantized[k], v) for k, v in plain.items())
             tick(i + 1)
-    return [min(float(e) / power, WORST) if power else 0.0 for e in np.nan_to_num(error, nan=np.inf)]
+    return [min(float(e) / size, WORST) if size else 0.0 for e in np.nan_to_num(error, nan=np.inf)]
 
 
 def _power(value: np.ndarray) -> float:
@@ -98,6 +150,28 @@ def _distance(found: np.ndarray, wanted: np.ndarray) -> float:
     if found.shape != wanted.shape:
         return _power(found) + _power(wanted)
     return float(np.sum(np.square(found.astype(np.float64) - wanted)))
+
+
+def _divergence(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Return ``KL(softmax(wanted) || softmax(found))`` per place, summed over samples; half the squared distance without classes."""
+    axis = class_axis(wanted.shape)
+    if axis is None or wanted.dtype.kind != "f" or found.shape != wanted.shape:
+        return _distance(found, wanted) / 2
+    p, q = (_log_probabilities(v, axis) for v in (wanted, found))
+    return float(np.sum(np.exp(p) * (p - q)) / max(1, wanted[0].size // wanted.shape[axis]))
+
+
+def _log_probabilities(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return the logarithm of the softmax, of what may be probabilities already."""
+    wide = values.astype(np.float64)
+    if wide.min() >= 0 and np.allclose(wide.sum(axis), 1, atol=1e-3):
+        return np.asarray(np.log(np.maximum(wide, 1e-30)))
+    wide = wide - wide.max(axis, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(axis, keepdims=True)))
+
+
+NOISE = Metric(_distance, _power)
+DIVERGENCE = Metric(_divergence, len)
 
 
 def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scales: Scales) -> ir.Model:
@@ -112,13 +186,13 @@ def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scal
         gather = ir.node("Gather", [flags, index], {"axis": 0}, name=f"switch_gather_{position}")
         gather.outputs[0].name = f"switch_flag_{position}"
         graph.insert_before(nodes[region.anchors[0]], gather)
-        for name, operands in _quantized_operands(region, nodes):
+        for name, operands in quantized_operands(region, nodes):
             _switch(graph, nodes[name], gather.outputs[0], operands, format, scales)
     graph.sort()
     return clone
 
 
-def _quantized_operands(region: Region, nodes: Mapping[str | None, ir.Node]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def quantized_operands(region: Region, nodes: Mapping[str | None, ir.Node]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the nodes of ``region`` with quantized operands and which those are: of anchors both, of a residual Add the skip (P4)."""
     yield from ((name, (0, 1)) for name in region.anchors)
     for name in region.nodes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.rules import propagator, ruled_functions
-from deploycc.quant.lrp.tape import Passage, Tape, record, walk
+from deploycc.quant.lrp.tape import Passage, Tape, Visit, record, walk
 from deploycc.quant.lrp.targets import chosen, explained_value
 
 if TYPE_CHECKING:
@@ -50,11 +50,13 @@ def sweeps(
     memory: int,
     fallback: str | None,
     skip: int,
+    also: Visit | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield for each batch the scores ``[samples, layers]``, and the number of elements of each layer's input map.
 
     A layer's score of a sample is the mean over its map of the positive part of gradient times relevance, both as they
-    arrive through this layer alone; a layer with two maps (a product of two computed operands) scores their mean.
+    arrive through this layer alone; a layer with two maps (a product of two computed operands) scores their mean. ``also`` sees
+    every node of every walk.
 
     Raises:
         UsageError: for an operator that cannot be executed or has no rule, naming the node.
@@ -64,7 +66,13 @@ def sweeps(
     for tape, labels, numbers in taped(program, target, data, batch=batch_of(program, batch=batch, memory=memory), skip=skip):
         collected = _Maps(layers, len(numbers))
         weights = chosen(tape.kept[target], labels)
-        walk(tape, target, gradient=weights, relevance=weights, propagate=propagate, visit=collected.visit)
+
+        def visit(passage: Passage, collected: _Maps = collected) -> None:
+            collected.visit(passage)
+            if also is not None:
+                also(passage)
+
+        walk(tape, target, gradient=weights, relevance=weights, propagate=propagate, visit=visit)
         yield collected.scores, collected.sizes
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deploycc.core.errors import UsageError
 from deploycc.core.graph import FLOAT_TYPES
+from deploycc.quant.classes import class_axis
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,12 +36,6 @@ def explained_value(graph: ir.Graph) -> ir.Value:
     )
 
 
-def class_axis(y: Tensor) -> int | None:
-    """Return the axis of the classes: the second of ``[N, C]`` and ``[N, C, H, W]``, the last of ``[N, T, C]``; None for one class."""
-    axis = {2: 1, 3: 2}.get(y.ndim, 1 if y.ndim > 3 else None)
-    return None if axis is None or y.shape[axis] == 1 else axis
-
-
 def chosen(y: Tensor, labels: np.ndarray | None) -> Tensor:
     """Return weights of the shape of ``y`` that say what is explained; they sum to 1 for each sample.
 
@@ -48,7 +43,7 @@ def chosen(y: Tensor, labels: np.ndarray | None) -> Tensor:
     class indices of shape ``[N]``, or ``[N, ...]`` with one per place. Without classes (a saliency map, a number): the places where
     the output is positive, all alike; all places where none is.
     """
-    axis = class_axis(y)
+    axis = class_axis(y.shape)
     if axis is None:
         lit = (y > 0).to(y.dtype).flatten(1) if y.ndim > 1 else torch.ones(len(y), 1)
         lit = torch.where(lit.sum(1, keepdim=True) > 0, lit, torch.ones_like(lit))
@@ -73,7 +68,7 @@ def _labelled(y: Tensor, axis: int, labels: np.ndarray | None) -> Tensor:
 
 def loss_gradient(y: Tensor, labels: np.ndarray | None, samples: Tensor) -> Tensor:
     """Return the gradient of the negative log-likelihood at ``y``: ``softmax(y) - onehot``; without classes, a random sign (a Gaussian)."""
-    axis = class_axis(y)
+    axis = class_axis(y.shape)
     if axis is None:
         return signs(y, samples)
     weights = chosen(y, labels)
@@ -86,7 +81,7 @@ def curvature_probe(y: Tensor, samples: Tensor) -> Tensor:
     For the cross-entropy of a softmax: ``u = sqrt(p) v - p (sqrt(p) . v)`` with random signs ``v``, since that has the
     covariance ``diag(p) - p p^T``. Without classes the loss is the squared error, and ``u = v``.
     """
-    axis, v = class_axis(y), signs(y, samples)
+    axis, v = class_axis(y.shape), signs(y, samples)
     if axis is None:
         return v
     p = torch.softmax(y, axis)

@@ -1,0 +1,151 @@
+"""What a walk knows at the place where a region is quantized: its own error there, and the gradient that meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deploycc.core.formats import FP32, INT8, Format
+from deploycc.core.graph import constant
+from deploycc.core.placement import weight_axis
+from deploycc.core.quantizers import decode, largest_code, quantize_weight
+from deploycc.quant.lrp.movement import to_torch
+from deploycc.quant.lrp.program import Program
+from deploycc.quant.lrp.rules import propagator, ruled_functions
+from deploycc.quant.lrp.scoring import batch_of, per_sample, taped
+from deploycc.quant.lrp.tape import walk
+from deploycc.quant.lrp.targets import explained_value
+from deploycc.quant.sensitivity import Scales, quantized_operands
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from deploycc.core.data import Dataset
+    from deploycc.core.plan import Region
+    from deploycc.quant.lrp.tape import Passage, Step
+
+Seed = Callable[[Tensor, "np.ndarray | None", Tensor], Tensor]
+
+
+class LocalNoise:
+    """The error at the output of each quantized node when its own operands alone are quantized: a visitor of walks.
+
+    Per node (anchors, and residual Adds by rule P4): ``signal`` is the sum of squares of its output over all samples, ``noise`` that
+    of the error in each format.
+    """
+
+    def __init__(self, model: ir.Model, regions: Sequence[Region], formats: Sequence[Format], scales: Scales) -> None:
+        nodes = {n.name: n for n in model.graph}
+        self._operands = {name: operands for r in regions for name, operands in quantized_operands(r, nodes)}
+        self._formats = {name: [f for f in formats if f.name in r.formats] for r in regions for name in r.nodes}
+        self._scales = scales
+        self.samples: dict[str, int] = {}
+        self.signal: dict[str, float] = {}
+        self.noise: dict[str, dict[str, float]] = {}
+
+    def visit(self, passage: Passage) -> None:
+        """Measure one node."""
+        step, name = passage.step, passage.step.node.name or ""
+        if name not in self._operands:
+            return
+        exact = step.outputs[0].detach()
+        self.signal[name] = self.signal.get(name, 0.0) + _energy(exact)
+        self.samples[name] = self.samples.get(name, 0) + step.samples
+        errors = self.noise.setdefault(name, {})
+        for format in self._formats[name]:
+            errors[format.name] = errors.get(format.name, 0.0) + _energy(self._quantized(step, format) - exact)
+
+    def ratio(self, name: str, format: str) -> float:
+        """Return the noise-to-signal ratio at the output of a node."""
+        return self.noise[name][format] / self.signal[name] if self.signal.get(name) else 0.0
+
+    def energy(self, name: str, format: str) -> float:
+        """Return the sum of squares of the error at the output of a node, the mean over the samples; 0 for what no gradient passes."""
+        return self.noise[name][format] / self.samples[name] if name in self.samples else 0.0
+
+    def _quantized(self, step: Step, format: Format) -> Tensor:
+        inputs = [None if x is None else x.detach() for x in step.inputs]
+        for i in self._operands[step.node.name or ""]:
+            value, plain = step.node.inputs[i], inputs[i]
+            if value is None or plain is None:
+                continue
+            weight = constant(value)
+            if weight is None:
+                inputs[i] = fake_quantized(plain, self._scales[value.name or ""][format.name], format)
+            else:
+                axis = weight_axis(step.node)
+                codes, scale = quantize_weight(weight, axis=axis, format=format, base=FP32)
+                inputs[i] = to_torch(decode(codes, scale, axis=axis))
+        with torch.no_grad():
+            result = step.compute(step.node, inputs)
+        return result if isinstance(result, Tensor) else result[0]
+
+
+def fake_quantized(x: Tensor, scale: float, format: Format) -> Tensor:
+    """Return ``x`` after ``QuantizeLinear`` and ``DequantizeLinear`` with one scale and zero point 0."""
+    if format == INT8:
+        return torch.clamp(torch.round(x / scale), -128, 127) * scale
+    top = largest_code(format)
+    return torch.clamp(x / scale, -top, top).to(torch.float8_e4m3fn).to(torch.float32) * scale
+
+
+class SquaredGradients:
+    """The mean square of the gradient at the output of each quantized node, per sample: a visitor of walks."""
+
+    def __init__(self, names: Sequence[str], samples: int) -> None:
+        self._columns = {name: i for i, name in enumerate(names)}
+        self.rows = np.zeros((samples, len(names)))
+
+    def visit(self, passage: Passage) -> None:
+        """Take in one node."""
+        column, gradient = self._columns.get(passage.step.node.name or ""), passage.gradient_out[0]
+        if column is not None and gradient is not None:
+            rows = per_sample(gradient, passage.step.axis, len(self.rows))
+            self.rows[:, column] = rows.square().mean(1).double().numpy()
+
+
+def gradient_energy(
+    model: ir.Model,
+    names: Sequence[str],
+    noise: LocalNoise,
+    data: Dataset,
+    *,
+    seed: Seed,
+    batch: int | None,
+    memory: int,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """Return the mean squared gradient at each node's output, ``[samples, nodes]``, and let ``noise`` see the same walks.
+
+    Args:
+        model: a CANONICAL graph.
+        names: the nodes.
+        noise: measures the local errors along the way.
+        data: samples.
+        seed: gives the cotangent of the explained value from its tensor, the labels and the numbers of the samples.
+        batch: samples per sweep, None for as many as ``memory`` bytes hold.
+        memory: bytes.
+        progress: called with samples done and in all.
+    """
+    program = Program(model, atomic=ruled_functions())
+    target, found = explained_value(program.graph), []
+    for tape, labels, numbers in taped(program, target, data, batch=batch_of(program, batch=batch, memory=memory)):
+        squares = SquaredGradients(names, len(numbers))
+
+        def visit(passage: Passage, squares: SquaredGradients = squares) -> None:
+            squares.visit(passage)
+            noise.visit(passage)
+
+        cotangent = seed(tape.kept[target], labels, numbers)
+        walk(tape, target, gradient=cotangent, relevance=None, propagate=propagator(), visit=visit)
+        found.append(squares.rows)
+        progress(sum(map(len, found)), data.samples)
+    return np.concatenate(found)
+
+
+def _energy(value: Tensor) -> float:
+    return float(value.double().square().sum())
