@@ -29,13 +29,13 @@ def operands(
         width = what.record_width
         record = draw.standard_normal((*head, what.group, width))
         record[..., : 2 * what.points] *= spread
-        record = record.reshape(*head, -1).astype(dtype)
+        record = record.reshape(*head, what.group * width).astype(dtype)
         return x, record, record
     offset = (draw.standard_normal((*head, what.group * what.points * 2)) * spread).astype(dtype)
     mask = draw.standard_normal((*head, what.group, what.points))
     if not what.softmax:
         mask = np.exp(mask) / np.exp(mask).sum(-1, keepdims=True)
-    return x, offset, mask.reshape(*head, -1).astype(dtype)
+    return x, offset, mask.reshape(*head, what.group * what.points).astype(dtype)
 
 
 def model(what: DCNv3, *, opset: int = 20, operator: str = PLAIN, types: Mapping[str, str] | None = None) -> ir.Model:

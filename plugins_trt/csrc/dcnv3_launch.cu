@@ -1,0 +1,33 @@
+// The DCNv3 kernels for CUDA: one thread per item, a tail guard, and nothing else.
+#include "dcnv3_launch.h"
+
+namespace deploycc {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <class Run>
+__global__ void __launch_bounds__(kThreads) dcnv3_kernel(const __grid_constant__ Problem problem) {
+    const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    if (item < problem.items) {
+        Run::run(problem, item);
+    }
+}
+
+}  // namespace
+
+cudaError_t launch(const Problem& problem, Type x, Type offset, Type mask, Tactic tactic, cudaStream_t stream) {
+    const std::int64_t blocks = (problem.items + kThreads - 1) / kThreads;
+    if (blocks == 0) {
+        return cudaSuccess;  // an empty batch
+    }
+    if (blocks > 0x7fffffff) {
+        return cudaErrorInvalidConfiguration;
+    }
+    const bool found = dispatch(problem, x, offset, mask, tactic, [&](auto instance) {
+        dcnv3_kernel<decltype(instance)><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(problem);
+    });
+    return found ? cudaGetLastError() : cudaErrorInvalidValue;
+}
+
+}  // namespace deploycc
