@@ -150,10 +150,11 @@ def export(
     """
     from deploycc.export import export as run_export
 
-    path = run_export(source, out, weights=weights, shapes=tuple(shape or ()), opset=opset)
+    path = run_export(source, out, weights=weights, shapes=tuple(shape or ()), opset=opset, plugins=registry.plugins())
     print(f"wrote {path}")
 
 
+    from deploycc import registry
 @app.command()
 def passes(
     long: Annotated[bool, typer.Option("--long", help="Print each pass's documentation.")] = False,

@@ -19,11 +19,21 @@ from deploycc.core.shapes import parse_shape
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from deploycc.core.plugin import Plugin
+
 DEFAULT_SIZE = (3, 224, 224)
 OPSETS = range(18, 24)
 
 
-def export(source: str, out: Path, *, weights: Path | None = None, shapes: Sequence[str] = (), opset: int = 20) -> Path:
+def export(
+    source: str,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    shapes: Sequence[str] = (),
+    opset: int = 20,
+    plugins: Sequence[Plugin] = (),
+) -> Path:
     """Write ``source`` as ONNX to ``out`` and return the path.
 
     Args:
@@ -33,6 +43,7 @@ def export(source: str, out: Path, *, weights: Path | None = None, shapes: Seque
         shapes: ``NAME=MIN:OPT:MAX`` per input, in the order of the module's arguments. A dimension that varies becomes
             dynamic. Default: one input ``image`` of the module's own size, batch 1 to 16.
         opset: of the exported file.
+        plugins: whose operators become nodes of their own, with their bodies in the file.
 
     Raises:
         UsageError: when the source, the weights or a shape do not fit, or ``torch.export`` refuses the model.
@@ -48,7 +59,7 @@ def export(source: str, out: Path, *, weights: Path | None = None, shapes: Seque
     if weights is not None:
         _load_weights(module, weights)
     inputs = _inputs(module, shapes)
-    _export(module.eval(), inputs, out, opset, source)
+    _export(module.eval(), inputs, out, opset, source, plugins)
     return out
 
 
@@ -176,7 +187,9 @@ def _inputs(module: Any, shapes: Sequence[str]) -> list[tuple[str, list[tuple[in
     return [("image", [(batch, *size) for batch in (1, 8, 16)])]
 
 
-def _export(module: Any, inputs: Sequence[tuple[str, list[tuple[int, ...]]]], out: Path, opset: int, source: str) -> None:
+def _export(
+    module: Any, inputs: Sequence[tuple[str, list[tuple[int, ...]]]], out: Path, opset: int, source: str, plugins: Sequence[Plugin]
+) -> None:
     import torch
 
     arguments, dynamic = [], []
@@ -199,6 +212,7 @@ def _export(module: Any, inputs: Sequence[tuple[str, list[tuple[int, ...]]]], ou
                 opset_version=opset,
                 input_names=[name for name, _ in inputs],
                 dynamic_shapes=tuple(dynamic),
+                custom_translation_table={k: v for plugin in plugins for k, v in plugin.translations().items()},
             )
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -207,6 +221,8 @@ def _export(module: Any, inputs: Sequence[tuple[str, list[tuple[int, ...]]]], ou
                 at=f"SOURCE {source}",
                 fix="check --shape against what forward() accepts; data-dependent control flow cannot be exported",
             ) from error
+        for plugin in plugins:
+            plugin.complete(program.model)
         program.save(Path(folder, out.name), external_data=_large(module))
         for part in Path(folder).iterdir():
             part.replace(out.resolve().parent / part.name)

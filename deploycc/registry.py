@@ -1,4 +1,4 @@
-"""Find passes and backends by entry point; the compiler knows none of them by name."""
+"""Find passes, backends and plugins by entry point; the compiler knows none of them by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from deploycc.core.errors import ContractError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PASSES, BACKENDS = "deploycc.passes", "deploycc.backends"
-PHASES = ("canonicalize", "prepare", "quantize", "lower")
+PASSES, BACKENDS, PLUGINS = "deploycc.passes", "deploycc.backends", "deploycc.plugins"
+PHASES = ("canonicalize", "prepare", "reparameterize", "quantize", "lower")
 
 
 def entries(group: str) -> dict[str, EntryPoint]:
@@ -75,6 +75,11 @@ def _ordered(after: dict[str, Iterable[str]]) -> list[str]:
         order.extend(ready)
         sorter.done(*ready)
     return order
+
+
+def plugins() -> list[Any]:
+    """Return every registered plugin, in alphabetical order."""
+    return [load(point)() for point in entries(PLUGINS).values()]
 
 
 def backend(name: str) -> Any:

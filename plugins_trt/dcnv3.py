@@ -5,16 +5,37 @@ The operator itself, with its formula and its ONNX body, is `deploycc.core.dcnv3
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deploycc.core.dcnv3 import DCNv3, attributes_of, function, make_node, provide_functions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import onnx_ir as ir
     from numpy.typing import ArrayLike
 
-__all__ = ["DCNv3", "attributes_of", "function", "make_node", "provide_functions", "reference"]
+__all__ = ["DCNv3", "Dcnv3Plugin", "attributes_of", "function", "make_node", "provide_functions", "reference"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dcnv3Plugin:
+    """DCNv3 as the compiler sees it; see `deploycc.core.plugin`."""
+
+    name: str = "dcnv3"
+
+    def translations(self) -> Mapping[Any, Callable[..., Any]]:
+        """Return how ``torch.ops.deploycc.dcnv3`` becomes a node."""
+        from plugins_trt.dcnv3_torch import translations
+
+        return translations()
+
+    def complete(self, model: ir.Model) -> None:
+        """Add the bodies of the operator's nodes."""
+        provide_functions(model)
 
 
 def reference(x: ArrayLike, offset: ArrayLike, mask: ArrayLike, what: DCNv3, *, center: ArrayLike | None = None) -> np.ndarray:
