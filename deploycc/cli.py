@@ -148,13 +148,13 @@ def export(
 
     Example:  deploycc export timm:deit_tiny_patch16_224 --out deit.onnx --shape image=1x3x224x224:8x3x224x224:16x3x224x224
     """
+    from deploycc import registry
     from deploycc.export import export as run_export
 
     path = run_export(source, out, weights=weights, shapes=tuple(shape or ()), opset=opset, plugins=registry.plugins())
     print(f"wrote {path}")
 
 
-    from deploycc import registry
 @app.command()
 def passes(
     long: Annotated[bool, typer.Option("--long", help="Print each pass's documentation.")] = False,
