@@ -207,13 +207,6 @@ def bundle(
 
 
 @app.command()
-def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory, or the reproducer of a crash.")]) -> None:
-    """Run a build again from its manifest, or a crashed pass from its reproducer, and say what drifted.
-
-    Exit codes: 0 it came out as recorded (a crash: no longer happens), 3 it did not, 2 an input is missing or has changed.
-    """
-    from deploycc.replay import replay as run_replay
-@app.command()
 def lint(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file, quantized by anybody.")],
     target: Annotated[
@@ -240,6 +233,13 @@ def lint(
     print(verdict.text)
     raise typer.Exit(verdict.exit_code)
 
+@app.command()
+def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory, or the reproducer of a crash.")]) -> None:
+    """Run a build again from its manifest, or a crashed pass from its reproducer, and say what drifted.
+
+    Exit codes: 0 it came out as recorded (a crash: no longer happens), 3 it did not, 2 an input is missing or has changed.
+    """
+    from deploycc.replay import replay as run_replay
 
 @app.command()
 def doctor() -> None:
