@@ -228,11 +228,6 @@ def lint(
     raise typer.Exit(inspection.exit_code)
 
 
-
-    verdict = run_replay(directory)
-    print(verdict.text)
-    raise typer.Exit(verdict.exit_code)
-
 @app.command()
 def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory, or the reproducer of a crash.")]) -> None:
     """Run a build again from its manifest, or a crashed pass from its reproducer, and say what drifted.
@@ -240,6 +235,11 @@ def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A buil
     Exit codes: 0 it came out as recorded (a crash: no longer happens), 3 it did not, 2 an input is missing or has changed.
     """
     from deploycc.replay import replay as run_replay
+
+    verdict = run_replay(directory)
+    print(verdict.text)
+    raise typer.Exit(verdict.exit_code)
+
 
 @app.command()
 def doctor() -> None:
