@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.core.dcnv3 import MASK, OFFSET, is_dcnv3
 from deploycc.core.formats import BF16
 from deploycc.core.graph import FLOAT_TYPES, add_initializer, constant, fresh_name, taken_names
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
@@ -51,7 +52,7 @@ class InsertCasts:
     Options:
         plan: holds the base format and the FP32 islands with their reasons.
 
-    See: rules R7, S9, N1 and D1 in ``deploycc.core.rules``.
+    See: rules R7, S9, N1, D1 and D2 in ``deploycc.core.rules``.
     """
 
     plan: PrecisionPlan = field(repr=False)
@@ -99,7 +100,7 @@ class _Caster:
         if node.op_type == "Cast" or not floats:
             return
         wanted = self.low if self._goes_low(node) else ir.DataType.FLOAT
-        types = {i: ir.DataType.FLOAT if i in _FLOAT32_OPERANDS.get(node.op_type, ()) else wanted for i in floats}
+        types = {i: ir.DataType.FLOAT if i in self._float32_operands(node) else wanted for i in floats}
         wrong = {i: v for i, v in floats.items() if v.dtype != types[i]}
         for i, value in wrong.items():
             node.replace_input_with(i, self._cast(value, types[i]))
@@ -112,8 +113,16 @@ class _Caster:
             proof = f"one rounding to {name} per value" if name != "fp32" else "exact"
             self.rewrites.append(Rewrite(node.name or "", f"computes in {name}", proof))
 
+    def _float32_operands(self, node: ir.Node) -> set[int]:
+        """Return the operands that stay FP32 whatever the node computes in: sampling offsets, for one, unless they can be FP16."""
+        if not is_dcnv3(node):
+            return _FLOAT32_OPERANDS.get(node.op_type, set())
+        too_coarse = self.low != ir.DataType.FLOAT16
+        return {i for i in (OFFSET, MASK) if too_coarse and (i == OFFSET or node.inputs[i] is node.inputs[OFFSET])}
+
     def _goes_low(self, node: ir.Node) -> bool:
-        if node.op_type not in SIXTEEN_BIT_OPS or node.domain not in ("", "ai.onnx") or (node.name or "") in self.plan.islands:
+        known = is_dcnv3(node) or (node.op_type in SIXTEEN_BIT_OPS and node.domain in ("", "ai.onnx"))
+        if not known or (node.name or "") in self.plan.islands:
             return False
         if any(v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs):
             return False

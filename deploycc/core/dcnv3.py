@@ -30,6 +30,7 @@ DOMAIN, VERSION = "deploycc", 1
 X, OFFSET, MASK, CENTER = range(4)
 PLAIN, SCALED, DEQUANTIZED, REQUANTIZED = "DCNv3", "DCNv3Center", "DCNv3DQ", "DCNv3DQQ"
 OPERATORS = (PLAIN, SCALED, DEQUANTIZED, REQUANTIZED)
+_MOVES = frozenset({"Add", "Cast", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
 # In a record the logits follow the offsets; 32 halves are 64 bytes, four aligned vectors.
 RECORD_STEP = 8
 
@@ -152,6 +153,17 @@ def is_dcnv3(node: ir.Node) -> bool:
 def nodes_of(model: ir.Model) -> list[ir.Node]:
     """Return the nodes of the operator in the main graph."""
     return [node for node in model.graph if is_dcnv3(node)]
+
+
+def feeds_offsets(value: ir.Value) -> bool:
+    """Return whether ``value`` becomes the offsets of a node of the operator, with nothing but layout and a bias between."""
+    for use in value.uses():
+        if is_dcnv3(use.node):
+            if use.idx == OFFSET:
+                return True
+        elif use.node.op_type in _MOVES and any(feeds_offsets(output) for output in use.node.outputs):
+            return True
+    return False
 
 
 def make_node(inputs: Sequence[ir.Value], what: DCNv3, *, name: str | None, operator: str = PLAIN) -> ir.Node:

@@ -63,5 +63,6 @@ RULES: dict[str, str] = {
     "T5": "FP8 and 4-bit values come from QuantizeLinear or constants, never from a Cast.",
     "X5": "Casts at the borders of 16-bit islands cost time: as few as possible.",
     "D1": "What reaches comparisons and indices stays in FP32.",
+    "D2": "Sampling offsets decide where to look: they are never INT8, FP8 or BF16, and positions are FP32.",
     "N1": "A value that came near the largest FP16 number in calibration stays in FP32.",
 }

@@ -13,7 +13,7 @@ from deploycc.core.quantizers import activation_scale
 from deploycc.quant.allocate import allocate, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.cost import estimate_all, machine_of
-from deploycc.quant.islands import decision_islands
+from deploycc.quant.islands import decision_islands, sampling_islands
 from deploycc.quant.observers import clip_limit
 from deploycc.quant.regions import partition
 from deploycc.quant.sensitivity import Scores, measure_noise
@@ -111,10 +111,11 @@ def analyse(
         batch: samples per run.
         stage: a context manager per named stage.
         progress: called with work done and in all.
+        rescales: what was done to the normalizations of ``model`` already, for the plan.
     """
-    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest)
+    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest, rescales=rescales or {})
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
-    analysis.islands = decision_islands(model, analysis.regions)
+    analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
     if formats:
         values = list(dict.fromkeys(v for r in eligible for v in (*r.activations, *r.residuals)))

@@ -1,4 +1,4 @@
-"""Which quantized formats the skip rules allow for an op (rules S1 to S7, P16, T1)."""
+"""Which quantized formats the skip rules allow for an op (rules S1 to S7, P16, T1, D2)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploycc.core.dcnv3 import feeds_offsets
 from deploycc.core.graph import attribute
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def _int8_pays(out: int, per_group: int, kernel: Sequence[int], group: int) -> b
 
 
 def linear_formats(group: Sequence[ir.Node], *, transformer: bool) -> Verdict:
-    """Return the formats allowed for tied matrix products with constant weights."""
+    """Return the formats allowed for tied matrix products with constant weights; none where one computes sampling offsets."""
+    if any(feeds_offsets(node.outputs[0]) for node in group):
+        return (), ("D2",)
     for node in group:
         weight = node.inputs[1]
         dims = [int(d) for d in weight.shape] if weight is not None and weight.shape is not None else [0]  # type: ignore[arg-type]

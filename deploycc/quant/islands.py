@@ -1,4 +1,4 @@
-"""Which nodes stay in FP32: decisions (D1), decomposed norms (S9), and values near the largest FP16 number (N1)."""
+"""Which nodes stay in FP32: decisions (D1), sampling offsets (D2), decomposed norms (S9), and values near the largest FP16 number (N1)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from deploycc.core.dcnv3 import OFFSET, nodes_of
+from deploycc.core.formats import BF16
 from deploycc.core.graph import FLOAT_TYPES
 from deploycc.quant.calibrate import calibrate
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from deploycc.core.backend import Reference
     from deploycc.core.data import Dataset
+    from deploycc.core.formats import Format
     from deploycc.core.plan import Region
 
 # fmt: off
@@ -22,6 +25,7 @@ DECIDING_OPS = frozenset({
     "Round", "TopK",
 })
 # fmt: on
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 HALF_LIMIT = 65504.0 / 4
 
 
@@ -47,6 +51,23 @@ def _decides(node: ir.Node) -> bool:
     """Return whether ``node`` turns floating-point numbers into decisions; a Cast to integers truncates, and so decides."""
     reads_floats = any(v is not None and v.dtype in FLOAT_TYPES for v in node.inputs)
     return reads_floats and (node.op_type in DECIDING_OPS or (node.op_type == "Cast" and node.outputs[0].dtype not in FLOAT_TYPES))
+
+
+def sampling_islands(model: ir.Model, base: Format) -> dict[str, str]:
+    """Return the nodes that compute sampling offsets, from the weighted op on, where ``base`` is too coarse for positions (D2)."""
+    islands: dict[str, str] = {}
+    if base != BF16:
+        return islands
+    pending = [node.inputs[OFFSET] for node in nodes_of(model)]
+    while pending:
+        value = pending.pop()
+        node = value.producer() if value is not None else None
+        if node is None or (node.name or "") in islands:
+            continue
+        islands[node.name or ""] = "D2: computes sampling offsets, for which BF16 is too coarse"
+        if node.op_type not in WEIGHTED:
+            pending.extend(v for v in node.inputs if v is not None and v.dtype in FLOAT_TYPES)
+    return islands
 
 
 def islands_of(model: ir.Model, data: Dataset, *, reference: Reference, batch: int) -> dict[str, str]:

@@ -51,6 +51,23 @@ def model(what: DCNv3, *, opset: int = 20, operator: str = PLAIN, types: Mapping
     return made
 
 
+def parsed(inputs: str, outputs: str, body: str, weights: Mapping[str, np.ndarray], *, opset: int = 20) -> ir.Model:
+    """Parse the body of a graph in ONNX text, whose nodes may be of the domain deploycc, with ``weights`` as initializers."""
+    fed = ", ".join(f"float[{','.join(map(str, array.shape))}] {name}" for name, array in weights.items())
+    made = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["": {opset}, "deploycc": 1]> g ({inputs}{", " if fed else ""}{fed}) => ({outputs}) {{ {body} }}'
+    )
+    for value in [v for v in made.graph.inputs if v.name in weights]:
+        made.graph.inputs.remove(value)
+        value.const_value = ir.tensor(weights[value.name or ""].astype(np.float32), name=value.name)
+        made.graph.register_initializer(value)
+    for node in made.graph:
+        node.name = node.outputs[0].name
+        node.outputs[0].type = node.outputs[0].type or ir.TensorType(ir.DataType.FLOAT)
+    provide_functions(made)
+    return made
+
+
 def session(made: ir.Model) -> onnxruntime.InferenceSession:
     """Return a CPU session on one thread."""
     options = onnxruntime.SessionOptions()
