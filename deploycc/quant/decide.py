@@ -111,9 +111,8 @@ def analyse(
         batch: samples per run.
         stage: a context manager per named stage.
         progress: called with work done and in all.
-        rescales: what was done to the normalizations of ``model`` already, for the plan.
     """
-    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest, rescales=rescales or {})
+    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest)
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
