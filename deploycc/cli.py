@@ -51,7 +51,11 @@ def root(
 def build(
     model: ModelPath,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8, fp8, or mixed: the format of each region chosen by its measured effect.")
+        str,
+        typer.Option(
+            help="fp32, fp16, bf16, int8, fp8, or mixed: the format of each region chosen by its measured effect. "
+            "w4a4, mp4, w6a6, mp6: LRP-QViT's quantizers simulated on the CPU, for onnxruntime only."
+        ),
     ] = "fp16",
     data: Annotated[
         str | None,
@@ -95,6 +99,18 @@ def build(
     merge: Annotated[
         str, typer.Option(help="exact: merge layers where the result is one layer; all: also with constant border maps; off: never.")
     ] = "exact",
+    rescale: Annotated[
+        str,
+        typer.Option(
+            help="auto: move outlier channels behind LayerNorms into the next weights where INT8 gains by it (exact); off: never."
+        ),
+    ] = "auto",
+    reparam: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R", help="LayerNorms in a simulation: layer, channel, repq, or crl[:K] (default), clipped at K standard deviations."
+        ),
+    ] = None,
     verify_each: Annotated[
         bool, typer.Option("--verify-each", help="Compare the outputs after every exact pass, and roll back a pass that changes them.")
     ] = False,
@@ -120,7 +136,7 @@ def build(
     request = BuildRequest(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
-        merge=merge, verify_each=verify_each, dump=dump,
+        merge=merge, rescale=rescale, reparam=reparam, verify_each=verify_each, dump=dump,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())

@@ -15,15 +15,18 @@ import onnx_ir as ir
 from deploycc import registry, reproducer
 from deploycc.core.backend import BuildOptions, Engine
 from deploycc.core.errors import BackendError, BudgetError, ContractError
-from deploycc.core.formats import FORMATS, FP16
+from deploycc.core.formats import FORMATS, FP16, INT8, SIMULATIONS
 from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, write_manifest
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 from deploycc.quant.islands import islands_of
+from deploycc.quant.paper import analyse_simulation
+from deploycc.quant.paper_reparameterize import DEFAULT, parse_reparameterization
+from deploycc.quant.rescale import find_rescales
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
-from deploycc.rewriting import canonicalize, lower
+from deploycc.rewriting import canonicalize, lower, reparameterize
 from deploycc.verify import accuracy, audit, numerics
 
 if TYPE_CHECKING:
@@ -61,7 +64,7 @@ def _staged(job: Job, directory: BuildDirectory) -> list[str]:
     """Do the work and write the directory; return the bounds that were missed."""
     with job.stage("canonicalize"):
         canonical = canonicalize(job)
-    analysis = _analyse(job, canonical)
+    canonical, analysis = _analyse(job, canonical)
     with directory.staged() as folder:
         plan, lowered, misses = _guarded(job, canonical, analysis)
         save_model(lowered.model, folder / "model.onnx")
@@ -70,10 +73,20 @@ def _staged(job: Job, directory: BuildDirectory) -> list[str]:
     return misses
 
 
-def _analyse(job: Job, canonical: Artefact) -> Analysis:
+def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
+    """Rescale where INT8 gains by it, and analyse the result; the digest in the plan is that of the graph before."""
+    if job.request.precision in SIMULATIONS:
+        return _simulate(job, canonical)
+    digest, rescales = canonical.digest, {}
+    if INT8 in job.formats and job.request.rescale == "auto":
+        with job.stage("rescale"):
+            rescales = find_rescales(
+                canonical.model, job.calibration, base=job.base, reference=job.reference, batch=job.batch, progress=job.watch.progress
+            )
+            canonical = reparameterize(job, canonical, rescales)
     analysis = analyse(
         canonical.model,
-        digest=canonical.digest,
+        digest=digest,
         base=job.base,
         formats=job.formats,
         choose=job.request.precision == "mixed",
@@ -83,18 +96,41 @@ def _analyse(job: Job, canonical: Artefact) -> Analysis:
         batch=job.batch,
         stage=job.stage,
         progress=job.watch.progress,
+        rescales=rescales,
     )
+    _report_analysis(job, analysis)
+    return canonical, analysis
+
+
+def _simulate(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
+    """Settle the bits and the quantizers of paper mode, and reparameterize as it asks."""
+    analysis = analyse_simulation(
+        canonical.model,
+        digest=canonical.digest,
+        precision=job.request.precision,
+        reparameterization=parse_reparameterization(job.request.reparam or DEFAULT),
+        target=job.targets[0],
+        data=job.calibration,
+        batch=job.batch,
+        stage=job.stage,
+        progress=job.watch.progress,
+    )
+    _report_analysis(job, analysis)
+    job.warn(f"--precision {job.request.precision} simulates quantizers that no engine has: the result shows accuracy, not speed or size")
+    return reparameterize(job, canonical, analysis.rescales), analysis
+
+
+def _report_analysis(job: Job, analysis: Analysis) -> None:
     seen = analysis.statistics
     job.report.calibration = {
         "source": job.calibration.source,
         "synthetic": job.calibration.synthetic,
         "samples": seen.samples if seen else 0,
         "seconds": seen.seconds if seen else 0.0,
-        "values": len(seen.observers) if seen else 0,
+        "values": len(analysis.settled.quantizers if analysis.settled else seen.observers) if seen else 0,
     }
     if analysis.scores:
         job.report.scores = {"method": analysis.scores.method, "samples": analysis.scores.samples, "seconds": analysis.scores.seconds}
-    return analysis
 
 
 def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[PrecisionPlan, Artefact, list[str]]:
@@ -208,6 +244,8 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
         "seed": request.seed,
         "strict": request.strict,
         "merge": request.merge,
+        "rescale": request.rescale,
+        "reparam": request.reparam,
         "verify_each": request.verify_each,
     }
     report.plan = analysis.summary(plan)

@@ -14,11 +14,12 @@ from deploycc import registry
 from deploycc.core.budget import Budget, parse_budget
 from deploycc.core.data import Dataset, open_data
 from deploycc.core.errors import UsageError
-from deploycc.core.formats import BF16, FORMATS, FP16, FP32, Format, parse_precision
+from deploycc.core.formats import BF16, FORMATS, FP16, FP32, SIMULATIONS, Format, parse_precision
 from deploycc.core.report import BuildReport
 from deploycc.core.shapes import Profile, profiles_for
 from deploycc.core.target import Target, parse_target
 from deploycc.interop import load_model
+from deploycc.quant.paper_reparameterize import parse_reparameterization
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ SYNTHETIC_SAMPLES = 32
 CALIBRATION_SAMPLES = 512
 LONGEST = 30 * 86400.0
 MERGES = ("exact", "off", "all")
+RESCALES = ("auto", "off")
 WITHOUT_CALIBRATION = frozenset({"fp32", "fp16", "bf16"})
 
 
@@ -80,6 +82,8 @@ class BuildRequest:
     timeout: float | None = None
     workspace: int | None = None
     merge: str = "exact"
+    rescale: str = "auto"
+    reparam: str | None = None
     verify_each: bool = False
     dump: Path | None = None
 
@@ -150,9 +154,10 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     _check_numbers(request)
     precision = parse_precision(request.precision)
     budget = parse_budget(request.budget)
-    targets = _targets(request.targets)
+    targets = _targets(request.targets or ("onnxruntime",) * (precision in SIMULATIONS))
     base, formats = _formats(precision, targets)
     _check_passes(request)
+    _check_simulation(request, budget)
     watch.stage("load")
     imported = load_model(request.model)
     inputs = imported.model.graph.inputs
@@ -163,7 +168,7 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     job.report.seconds["load"] = time.perf_counter() - start
     for note in (*notes, *calibration.notes):
         job.warn(note)
-    if calibration.synthetic and formats:
+    if calibration.synthetic and (formats or precision in SIMULATIONS):
         job.warn(
             f"no calibration data: ranges come from {calibration.samples} synthetic samples, so the accuracy of the quantized model is "
             f"unknown; give --data, or put {request.model.stem}.calib.npz beside the model"
@@ -175,12 +180,30 @@ def _check_passes(request: BuildRequest) -> None:
     """Refuse an unknown way of merging, and a place for graphs that holds other things or is about to be replaced."""
     if request.merge not in MERGES:
         raise UsageError(f"unknown way of merging '{request.merge}'", at="--merge", fix=f"use one of {', '.join(MERGES)}")
+    if request.rescale not in RESCALES:
+        raise UsageError(f"unknown way of rescaling '{request.rescale}'", at="--rescale", fix=f"use one of {', '.join(RESCALES)}")
     if request.dump is None:
         return
     if request.dump.exists() and (not request.dump.is_dir() or any(request.dump.iterdir())):
         raise UsageError(f"{request.dump} is not an empty directory", at="--dump", fix="name a directory that does not exist yet")
     if request.dump.resolve().is_relative_to(request.directory.resolve()):
         raise UsageError(f"{request.dump} is inside the build directory", at="--dump", fix="name a directory beside it")
+
+
+def _check_simulation(request: BuildRequest, budget: Budget) -> None:
+    """Refuse what paper mode does not do, and its option elsewhere."""
+    if request.reparam is not None:
+        parse_reparameterization(request.reparam)
+    if request.precision not in SIMULATIONS:
+        if request.reparam is not None:
+            known = ", ".join(SIMULATIONS)
+            raise UsageError("only simulations are reparameterized so", at="--reparam", fix=f"use --precision {known}, or see --rescale")
+    elif any(bound is not None for bound in (budget.bits, budget.size, budget.latency)):
+        raise UsageError(
+            f"--precision {request.precision} fixes the bits of every layer",
+            at=f"--budget {budget}",
+            fix="bound sqnr or accuracy-drop only",
+        )
 
 
 def _check_numbers(request: BuildRequest) -> None:
@@ -223,6 +246,14 @@ def _formats(precision: str, targets: Sequence[Target]) -> tuple[Format, tuple[F
     """Return the base format and the quantized formats to choose from; refuse what a target lacks (rule X4)."""
     backends = [(registry.backend(t.backend), t) for t in targets]
     on_cpu = all(t.backend == "onnxruntime" for t in targets)
+    if precision in SIMULATIONS:
+        if not on_cpu:
+            raise UsageError(
+                "no engine computes in n bits: this precision is a simulation",
+                at=f"--precision {precision} --target {', '.join(str(t) for t in targets)}",
+                fix="use --target onnxruntime, or --precision mixed for an engine",
+            )
+        return FP32, ()
     base = {"fp32": FP32, "fp16": FP16, "bf16": BF16}.get(precision, FP32 if on_cpu else FP16)
     wanted = [base] if precision == "mixed" else [base, FORMATS[precision]]
     for backend, target in backends:

@@ -13,10 +13,11 @@ from deploycc.core.shapes import probe_shapes
 from deploycc.instruments import Dump, VerifyEach, executable, random_feeds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from deploycc.core.passes import Instrument, Pass, PassRecord
     from deploycc.core.plan import PrecisionPlan
+    from deploycc.core.rescaling import Rescale
     from deploycc.instruments import Feeds
     from deploycc.request import Job
 
@@ -31,6 +32,15 @@ def canonicalize(job: Job) -> Artefact:
     _warn(job, records)
     job.report.passes = [asdict(r) for r in records]
     return Artefact(model, Stage.CANONICAL, job.imported)
+
+
+def reparameterize(job: Job, canonical: Artefact, rescales: Mapping[str, Rescale]) -> Artefact:
+    """Run the exact passes that only move parameters, so that what is quantized later loses less."""
+    chosen = chosen_passes(job, "reparameterize", rescales=rescales)
+    model, records = run(canonical.model, chosen, contract=CANONICAL, instruments=[*_verifiers(job), *_dumps(job)])
+    _warn(job, records)
+    job.report.passes += [asdict(r) for r in records]
+    return Artefact(model, Stage.CANONICAL, canonical)
 
 
 def lower(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, list[dict[str, Any]]]:

@@ -220,7 +220,7 @@ def test_passes_lists_every_entry_point_with_its_summary(run: Run) -> None:
     lines = run("passes").out.splitlines()
     listed = {line.split()[1]: line.split(maxsplit=2) for line in lines}
     assert set(listed) == {point.name for point in entry_points(group="deploycc.passes")}
-    assert all(phase in {"canonicalize", "prepare", "quantize", "lower"} and summary.endswith(".") for phase, _, summary in listed.values())
+    assert all(phase in {"canonicalize", "prepare", "reparameterize", "quantize", "lower"} and summary.endswith(".") for phase, _, summary in listed.values())
 
 
 def test_passes_long_prints_the_five_parts(run: Run) -> None:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import UsageError
-from deploycc.core.formats import FORMATS, Format
+from deploycc.core.formats import FORMATS, SIMULATED, Format
+from deploycc.core.rescaling import Rescale
+from deploycc.core.simulation import Quantizer, quantizer_from_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +60,9 @@ class PrecisionPlan:
     """Every decision about precision for one model.
 
     ``base`` is the floating-point format of everything that no region covers; ``islands`` maps nodes kept in FP32 to the
-    reason. ``scales`` maps an activation to its scale per quantized format (per tensor, symmetric).
+    reason. ``scales`` maps an activation to its scale per quantized format (per tensor, symmetric). ``rescales`` maps a normalization
+    to the scale and shift per channel that move into its readers before anything is quantized. ``quantizers`` maps an activation
+    to its quantizer per simulated format (paper mode).
     """
 
     base: Format
@@ -66,6 +70,8 @@ class PrecisionPlan:
     scales: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     islands: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
+    rescales: Mapping[str, Rescale] = field(default_factory=dict)
+    quantizers: Mapping[str, Mapping[str, Quantizer]] = field(default_factory=dict)
 
     def format_of(self, node: str) -> Format:
         """Return the format in which a node computes."""
@@ -96,7 +102,10 @@ class PrecisionPlan:
             "regions": [_assignment_json(a) for a in self.assignments],
             "scales": {name: dict(sorted(by.items())) for name, by in sorted(self.scales.items())},
             "islands": dict(sorted(self.islands.items())),
+            "rescales": {name: _rescale_json(rescale) for name, rescale in sorted(self.rescales.items())},
         }
+        if self.quantizers:
+            body["quantizers"] = {v: {f: q.to_json() for f, q in sorted(by.items())} for v, by in sorted(self.quantizers.items())}
         return json.dumps(body, indent=1, sort_keys=False) + "\n"
 
     @classmethod
@@ -116,8 +125,10 @@ class PrecisionPlan:
                 scales=body["scales"],
                 islands=body["islands"],
                 model=body.get("model", ""),
+                rescales={name: _rescale(entry) for name, entry in body.get("rescales", {}).items()},
+                quantizers={v: {f: quantizer_from_json(q) for f, q in by.items()} for v, by in body.get("quantizers", {}).items()},
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"the plan cannot be read: {type(error).__name__}: {error}", at=at, fix="start from the plan.json of a build directory"
             ) from error
@@ -142,7 +153,18 @@ def _assignment(entry: dict[str, Any], at: str) -> Assignment:
     return Assignment(region, _format(entry["format"], at), entry["reason"], tuple(entry["decided_by"]), entry["noise"])
 
 
+def _rescale_json(rescale: Rescale) -> dict[str, Any]:
+    """Return the numbers of all channels in one line each."""
+    numbers = {name: " ".join(f"{v:g}" for v in values) for name, values in (("scale", rescale.scale), ("shift", rescale.shift))}
+    return {"k": rescale.k, "gain_db": rescale.gain_db, **numbers}
+
+
+def _rescale(entry: dict[str, Any]) -> Rescale:
+    scale, shift = (tuple(float(v) for v in entry[name].split()) for name in ("scale", "shift"))
+    return Rescale(scale, shift, entry.get("k", 0.0), entry.get("gain_db", 0.0))
+
+
 def _format(name: str, at: str) -> Format:
-    if name not in FORMATS:
-        raise UsageError(f"unknown format '{name}'", at=at, fix=f"formats: {', '.join(FORMATS)}")
-    return FORMATS[name]
+    if name not in (known := {**FORMATS, **SIMULATED}):
+        raise UsageError(f"unknown format '{name}'", at=at, fix=f"formats: {', '.join(known)}")
+    return known[name]

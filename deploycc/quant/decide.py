@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deploycc.core.formats import FORMATS, FP8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan, Region
 from deploycc.core.quantizers import activation_scale
+from deploycc.core.rescaling import Rescale
 from deploycc.quant.allocate import allocate, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.cost import estimate_all, machine_of
@@ -47,6 +48,8 @@ class Analysis:
     scales: dict[str, dict[str, float]] = field(default_factory=dict)
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     islands: dict[str, str] = field(default_factory=dict)
+    rescales: Mapping[str, Rescale] = field(default_factory=dict)
+    settled: PrecisionPlan | None = None
 
     @property
     def noise(self) -> Mapping[str, Mapping[str, float]]:
@@ -55,7 +58,7 @@ class Analysis:
 
     def summary(self, plan: PrecisionPlan) -> dict[str, Any]:
         """Return the plan's figures for the report."""
-        latency = sum(self.costs[a.region.name][a.format.name] for a in plan.assignments)
+        latency = sum(self.costs[a.region.name][(plan.base if a.format.is_simulated else a.format).name] for a in plan.assignments)
         base = sum(self.costs[a.region.name][plan.base.name] for a in plan.assignments)
         parameters = sum(a.region.parameters for a in plan.assignments)
         return {
@@ -96,6 +99,7 @@ def analyse(
     batch: int,
     stage: Stage,
     progress: Progress,
+    rescales: Mapping[str, Rescale] | None = None,
 ) -> Analysis:
     """Partition and, where formats are to be inserted, calibrate; where they are to be chosen, score.
 
@@ -111,8 +115,9 @@ def analyse(
         batch: samples per run.
         stage: a context manager per named stage.
         progress: called with work done and in all.
+        rescales: what was done to the normalizations of ``model`` already, for the plan.
     """
-    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest)
+    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest, rescales=rescales or {})
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
@@ -158,6 +163,8 @@ def _softmax_outputs(model: ir.Model) -> frozenset[str]:
 
 def decide(analysis: Analysis, *, precision: str, budget: Budget, noise_bound: float | None) -> PrecisionPlan:
     """Return the plan for ``precision``; for ``mixed``, the optimum under the budget and the noise bound."""
+    if analysis.settled is not None:
+        return analysis.settled  # Paper mode has nothing to search.
     assignments: tuple[Assignment, ...]
     if precision == "mixed":
         assignments = allocate(
@@ -173,7 +180,9 @@ def decide(analysis: Analysis, *, precision: str, budget: Budget, noise_bound: f
         assignments = uniform(analysis.regions, FORMATS[precision], analysis.base, analysis.noise)
     used = {(v, a.format.name) for a in assignments for v in (*a.region.activations, *a.region.residuals) if a.format.is_quantized}
     scales = {v: {f: s for f, s in by.items() if (v, f) in used} for v, by in analysis.scales.items()}
-    return PrecisionPlan(analysis.base, assignments, {v: by for v, by in scales.items() if by}, dict(analysis.islands), analysis.digest)
+    return PrecisionPlan(
+        analysis.base, assignments, {v: by for v, by in scales.items() if by}, dict(analysis.islands), analysis.digest, analysis.rescales
+    )
 
 
 def first_noise_bound(budget: Budget) -> float | None:
