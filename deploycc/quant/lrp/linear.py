@@ -89,17 +89,22 @@ def _batch_norm(node: ir.Node, inputs: Inputs) -> Tensor:
 
 @operator("InstanceNormalization")
 def _instance_norm(node: ir.Node, inputs: Inputs) -> Tensor:
-    x, scale, bias = present(inputs)[:3]
-    return functional.instance_norm(x, weight=scale, bias=bias, eps=float_attribute(node, "epsilon", 1e-5))
+    return _grouped_norm(node, inputs, groups=present(inputs)[0].shape[1])
 
 
 @operator("GroupNormalization")
 def _group_norm(node: ir.Node, inputs: Inputs) -> Tensor:
-    """Until opset 20 scale and bias have one entry per group, from 21 on one per channel."""
+    return _grouped_norm(node, inputs, groups=int_attribute(node, "num_groups", 1))
+
+
+def _grouped_norm(node: ir.Node, inputs: Inputs, *, groups: int) -> Tensor:
+    """Normalise over each group of channels. Scale and bias are per channel, those of GroupNormalization before opset 21 per group."""
     x, scale, bias = present(inputs)[:3]
-    groups = int_attribute(node, "num_groups", 1)
-    scale, bias = (v.repeat_interleave(x.shape[1] // len(v)) for v in (scale, bias))
-    return functional.group_norm(x, groups, scale, bias, eps=float_attribute(node, "epsilon", 1e-5))
+    rows = x.reshape(x.shape[0], groups, -1)
+    normal = functional.layer_norm(rows, rows.shape[-1:], eps=float_attribute(node, "epsilon", 1e-5)).reshape(x.shape)
+    shape = [-1, *[1] * (x.ndim - 2)]
+    scale, bias = (v.repeat_interleave(x.shape[1] // len(v)).reshape(shape) for v in (scale, bias))
+    return normal * scale + bias
 
 
 @operator("LpNormalization")

@@ -90,7 +90,7 @@ def fake_quantized(x: Tensor, scale: float, format: Format) -> Tensor:
     if format == INT8:
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
     top = largest_code(format)
-    return torch.clamp(x / scale, -top, top).to(torch.float8_e4m3fn).to(torch.float32) * scale
+    return torch.clamp(x / scale, -top, top).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 class SquaredGradients:

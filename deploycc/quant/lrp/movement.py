@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 
 def to_torch(array: np.ndarray) -> Tensor:
-    """Return an array as a tensor, every floating-point type as float32; memory is shared where it can be."""
+    """Return an array as a tensor, every floating-point type as torch's default one; memory is shared where it can be."""
     wide = array if array.dtype.kind in "biu" else np.asarray(array, np.float32)
     if wide.dtype.kind == "u" and wide.dtype != np.uint8:
         wide = wide.astype(np.int64)
     with warnings.catch_warnings():
         # A mapped or shared array cannot be written to; nothing here writes.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(np.ascontiguousarray(wide)).reshape(wide.shape)
+        tensor = torch.from_numpy(np.ascontiguousarray(wide)).reshape(wide.shape)
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 def integers(x: Tensor | None) -> list[int]:
@@ -40,7 +41,7 @@ def _torch_type(code: int) -> torch.dtype:
     if kind == ir.DataType.BOOL:
         return torch.bool
     return {ir.DataType.INT32: torch.int32, ir.DataType.UINT8: torch.uint8, ir.DataType.INT8: torch.int8}.get(
-        kind, torch.int64 if kind.is_integer() else torch.float32
+        kind, torch.int64 if kind.is_integer() else torch.get_default_dtype()
     )
 
 
@@ -198,6 +199,33 @@ def _trilu(node: ir.Node, inputs: Inputs) -> Tensor:
 def _cast(node: ir.Node, inputs: Inputs) -> Tensor:
     x, kind = present(inputs)[0], _torch_type(int_attribute(node, "to", 1))
     return x.view_as(x) if x.dtype == kind else x.to(kind)
+
+
+@operator("CastLike")
+def _cast_like(node: ir.Node, inputs: Inputs) -> Tensor:
+    x, like = present(inputs)
+    return x.view_as(x) if x.dtype == like.dtype else x.to(like.dtype)
+
+
+@operator("Constant")
+def _constant(node: ir.Node, inputs: Inputs) -> Tensor:
+    (held,) = node.attributes.values()
+    if isinstance(held.value, ir.TensorProtocol):
+        return to_torch(held.value.numpy())
+    return torch.tensor(held.value, dtype=torch.get_default_dtype() if "float" in held.name else torch.int64)
+
+
+@operator("ConstantOfShape")
+def _constant_of_shape(node: ir.Node, inputs: Inputs) -> Tensor:
+    fill = attribute(node, "value")
+    one = to_torch(fill.numpy()) if isinstance(fill, ir.TensorProtocol) else torch.zeros(1)
+    return one.reshape(()).expand(integers(given(inputs, 0)))
+
+
+@operator("Range")
+def _range(node: ir.Node, inputs: Inputs) -> Tensor:
+    start, limit, step = (x.item() for x in present(inputs))
+    return torch.arange(start, limit, step, dtype=present(inputs)[0].dtype)
 
 
 @operator("Shape")

@@ -1,7 +1,7 @@
 """How operators compute in torch: one decorated function per operator, and the elementwise ones.
 
 An operator takes a node and its inputs (None where an optional one is absent) and returns its outputs. Floating-point values are
-float32 whatever the model stores; integers and booleans keep their types.
+of torch's default type, float32 unless it was set, whatever the model stores; integers and booleans keep their types.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deploycc.core.errors import UsageError
+from deploycc.core.graph import attribute
 from deploycc.quant.lrp.tape import Parts, Step, pull
 
 Rule = Callable[[Step, list[Tensor]], Parts]
@@ -86,7 +87,7 @@ def identity(step: Step, relevance: list[Tensor]) -> Parts:
 
 
 @rule(
-    *("Cast", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "GlobalMaxPool"),
+    *("Cast", "CastLike", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "GlobalMaxPool"),
     *("MaxPool", "Pad", "ReduceMax", "ReduceMin", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose"),
     *("Trilu", "Unsqueeze", "Where", "Resize"),
 )
@@ -223,11 +224,15 @@ def bilinear(step: Step, relevance: list[Tensor]) -> Parts:
     return [None if g is None or x is None else x.detach() * g / count for g, x in zip(found, step.inputs, strict=True)]
 
 
-@rule("DCNv3", domain="deploycc")
+@rule("DCNv3", "DCNv3Center", domain="deploycc")
 def deformable(step: Step, relevance: list[Tensor]) -> Parts:
-    """Bilinear in the values and the mask, each half, as ``A V`` of an attention; the offsets say where, and take none."""
+    """Bilinear in the values and the mask, each half, as ``A V`` of an attention; the offsets say where, and take none.
+
+    The operator is linear in the values alone where the mask holds logits or a center is blended in: then they take all.
+    """
     shares = [safe_divide(r, y.detach()) for r, y in zip(relevance, step.outputs, strict=True)]
-    found, sharing = step.pull(shares), [i for i in (0, 2) if step.carries[i]]
+    linear_in_mask = step.node.op_type == "DCNv3" and not any(attribute(step.node, name, 0) for name in ("softmax", "record"))
+    found, sharing = step.pull(shares), [i for i in ((0, 2) if linear_in_mask else (0,)) if step.carries[i]]
     return [
         None if g is None or x is None or i not in sharing else x.detach() * g / len(sharing)
         for i, (g, x) in enumerate(zip(found, step.inputs, strict=True))
