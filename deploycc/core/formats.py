@@ -1,6 +1,7 @@
 """The number formats a region may compute in.
 
-``max_value`` is the largest magnitude that ``QuantizeLinear`` can produce; scales are ``limit / max_value``.
+``max_value`` is the largest magnitude that ``QuantizeLinear`` can produce; scales are ``limit / max_value``. Simulated formats belong to
+paper mode: weights and activations of n bits whose codes are computed in floating point (``deploycc.core.simulation``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ class Format:
         """Return whether values enter this format through ``QuantizeLinear``."""
         return self.max_value is not None
 
+    @property
+    def is_simulated(self) -> bool:
+        """Return whether no engine computes in this format."""
+        return self.name in SIMULATED
+
     def __str__(self) -> str:
         return self.name
 
@@ -35,7 +41,10 @@ INT8 = Format("int8", 8, "INT8", 127.0)
 FP8 = Format("fp8", 8, "FLOAT8E4M3FN", 448.0)
 
 FORMATS: dict[str, Format] = {f.name: f for f in (FP32, FP16, BF16, INT8, FP8)}
-PRECISIONS = (*FORMATS, "mixed")
+SIMULATED: dict[str, Format] = {f"w{n}a{n}": Format(f"w{n}a{n}", n, "FLOAT") for n in range(3, 9)}
+# Paper mode: the bits of most layers; "mp" moves one bit from the least relevant layers to the first blocks.
+SIMULATIONS = {"w4a4": 4, "mp4": 4, "w6a6": 6, "mp6": 6}
+PRECISIONS = (*FORMATS, "mixed", *SIMULATIONS)
 
 
 def parse_precision(text: str) -> str:
