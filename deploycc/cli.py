@@ -239,9 +239,16 @@ def lint(
     """
     from deploycc.lint.linting import lint as run_lint
 
-    inspection = run_lint(model, target=target)
+    if out is not None and not fix:
+        raise UsageError("--out says where --fix writes", at="--out", fix="add --fix, or leave --out away")
+    written = out or model.with_suffix(".fixed.onnx")
+    inspection = run_fix(model, written, target=target) if fix else run_lint(model, target=target)
     print(inspection.to_json() if json else inspection, end="" if json else "\n")
     raise typer.Exit(inspection.exit_code)
+    fix: Annotated[bool, typer.Option("--fix", help="Write the model with the repairs that change no number, and lint that.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="MODEL.onnx", help="Where --fix writes; default MODEL.fixed.onnx. It may be the input.")
+    ] = None,
 
 
 @app.command()
@@ -252,6 +259,7 @@ def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A buil
     """
     from deploycc.replay import replay as run_replay
 
+    from deploycc.lint.linting import fix as run_fix
     verdict = run_replay(directory)
     print(verdict.text)
     raise typer.Exit(verdict.exit_code)

@@ -31,7 +31,7 @@ RULES: dict[str, str] = {
     "P12": "GELU and LayerNorm bodies are never quantized inside.",
     "P13": "Projections that read one LayerNorm output share its Q/DQ pair and one decision.",
     "P14": "Between a convolution and the MaxPool behind it nothing is quantized.",
-    "P15": "The constant operand of an elementwise op is not quantized.",
+    "P15": "Constants of elementwise ops and norms are not quantized.",
     "P16": "In FP8 the classifier of a vision transformer stays in the base format.",
     "P17": "A custom operator takes 8-bit values itself, or none around it are quantized.",
     "P18": "A Resize keeps the scale of its input.",

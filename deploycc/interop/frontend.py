@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,20 @@ def normalize(request: Mapping[str, Any]) -> dict[str, Any]:
         model = normalized(skeleton, opset=int(request["opset"]), path=path, own=frozenset(request["own"]))
     except UsageError as error:
         return {"refused": {"what": error.what, "at": error.at, "fix": error.fix}}
+    file.write_bytes(model.SerializeToString())
+    return {}
+
+
+def describe(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the nodes of the skeleton and infer what can be inferred, in place; nothing is refused or converted."""
+    file = Path(request["skeleton"])
+    model = parse_proto(file.read_bytes())
+    normalize_domains(model)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    name_nodes(model.graph)
+    with suppress(shape_inference.InferenceError, RuntimeError):  # A model that contradicts itself goes without inferred shapes.
+        model = shape_inference.infer_shapes(model, data_prop=True)
     file.write_bytes(model.SerializeToString())
     return {}
 

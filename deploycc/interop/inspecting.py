@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from onnx_ir.serde import SerdeError
@@ -17,9 +15,6 @@ from deploycc.interop.external import check_external_data
 from deploycc.interop.protos import parse_proto
 from deploycc.interop.reading import read_proto
 from deploycc.interop.weights import attach, detach
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 TIMEOUT = 120.0
 
@@ -45,7 +40,7 @@ def read_model(path: Path, *, timeout: float = TIMEOUT) -> ir.Model:
         file.write_bytes(proto.SerializeToString())
         del proto
         try:
-            child.call("deploycc.interop.inspecting:describe", {"skeleton": str(file)}, timeout=timeout)
+            child.call("deploycc.interop.frontend:describe", {"skeleton": str(file)}, timeout=timeout)
             model = from_proto(parse_proto(file.read_bytes()))
         except (child.ChildError, SerdeError) as error:
             text = " ".join(str(error).split())[:400]
@@ -54,24 +49,6 @@ def read_model(path: Path, *, timeout: float = TIMEOUT) -> ir.Model:
     attach(model, held)
     _lift_constants(model.graph)
     return model
-
-
-def describe(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the nodes of the skeleton and infer what can be inferred, in place: the child's side of `read_model`."""
-    from onnx import inliner, shape_inference
-
-    from deploycc.interop.frontend import name_nodes, normalize_domains
-
-    file = Path(request["skeleton"])
-    model = parse_proto(file.read_bytes())
-    normalize_domains(model)
-    if model.functions:
-        model = inliner.inline_local_functions(model)
-    name_nodes(model.graph)
-    with suppress(shape_inference.InferenceError, RuntimeError):  # A model that contradicts itself is read without inferred shapes.
-        model = shape_inference.infer_shapes(model, data_prop=True)
-    file.write_bytes(model.SerializeToString())
-    return {}
 
 
 def _lift_constants(graph: ir.Graph) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from deploycc import registry
+from deploycc.core.rules import RULES
 from deploycc.core.target import parse_target
+from deploycc.interop import save_model
 from deploycc.interop.inspecting import read_model
 from deploycc.lint.findings import CHECKS, SEVERITIES, Check, Finding, Place
+from deploycc.lint.proof import proof
+from deploycc.lint.repair import repair
 from deploycc.lint.subject import Subject
 from deploycc.quant.regions import scope_of
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from deploycc.core.formats import Format
 
 SCHEMA = "deploycc.lint/1"
-FAMILIES = ("representation",)
+FAMILIES = ("representation", "storage", "placement", "fusion", "sizes", "attention", "mixing")
 SHOWN = 5
 
 
@@ -63,10 +67,10 @@ class Inspection:
 
 
 def checks() -> dict[str, Check]:
-    """Return every check by rule id, in the order of the families."""
+    """Return every check by rule id, in the order of the rules."""
     for family in FAMILIES:
         import_module(f"deploycc.lint.{family}")
-    return dict(CHECKS)
+    return {name: CHECKS[name] for name in RULES if name in CHECKS}
 
 
 def lint(path: Path, *, target: str = "") -> Inspection:
@@ -81,6 +85,29 @@ def lint(path: Path, *, target: str = "") -> Inspection:
     """
     offered = formats_of(target)
     return inspect(read_model(path), name=path.name, target=target, formats=offered)
+
+
+def fix(path: Path, out: Path, *, target: str = "") -> Inspection:
+    """Write the file at ``path`` with every safe repair to ``out``; return what is left to find in it, and what was repaired.
+
+    Original and result are executed on random inputs where ONNX Runtime can execute them.
+
+    Args:
+        path: an ONNX file, quantized by anybody.
+        out: where to write; it may be ``path``.
+        target: as for ``lint``.
+
+    Raises:
+        UsageError: when the file cannot be read or written, or the target is unknown.
+        ContractError: when the repaired model computes other numbers; then nothing is written.
+    """
+    offered, model = formats_of(target), read_model(path)
+    original = model.clone()
+    done = repair(model)
+    done += proof(original, model) if done else []
+    inspection = replace(inspect(model, name=path.name, target=target, formats=offered), repaired=tuple(done))
+    save_model(model, out)
+    return inspection
 
 
 def formats_of(target: str) -> frozenset[Format] | None:
@@ -99,20 +126,21 @@ def formats_of(target: str) -> frozenset[Format] | None:
 def inspect(model: ir.Model, *, name: str, target: str = "", formats: frozenset[Format] | None = None) -> Inspection:
     """Return the findings on a model in memory."""
     subject = Subject(model, target=target, formats=formats)
-    found = [_finding(check, place) for check in checks().values() for place in check.find(subject)]
+    found = [_finding(check, place, subject) for check in checks().values() for place in check.find(subject)]
     rank = list(SEVERITIES)
     ordered = sorted(found, key=lambda f: rank.index(f.severity))
     return Inspection(name, target, len(subject.nodes), len(subject.pairs), tuple(ordered))
 
 
-def _finding(check: Check, place: Place) -> Finding:
+def _finding(check: Check, place: Place, subject: Subject) -> Finding:
     node = place.node
+    origin = next((n for n in (node, *subject.around(node)) if scope_of(n)), node)
     return Finding(
         check.rule,
         place.severity or check.severity,
         node.name or "",
         node.op_type,
-        scope_of(node),
+        scope_of(origin),
         place.what,
         check.why,
         check.fix,

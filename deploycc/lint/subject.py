@@ -87,6 +87,10 @@ class Subject:
         return tuple(found)
 
     @cached_property
+    def _order(self) -> dict[ir.Node, int]:
+        return {node: i for i, node in enumerate(self.graph)}
+
+    @cached_property
     def _pair_of(self) -> dict[ir.Node, Pair]:
         return {pair.dequantize: pair for pair in self.pairs}
 
@@ -126,12 +130,28 @@ class Subject:
                     pending.extend(use.node.outputs[:1] if use.node.op_type == "MaxPool" else use.node.outputs)
                 else:
                     found.append((use.node, use.idx))
-        order = {node: i for i, node in enumerate(self.graph)}
-        return sorted(found, key=lambda each: (order.get(each[0], -1), each[1]))
+        return sorted(found, key=lambda each: (self._order.get(each[0], -1), each[1]))
+
+    def around(self, node: ir.Node) -> list[ir.Node]:
+        """Return the readers of the pair that ``node`` belongs to, then what computes its source; nothing for other nodes."""
+        pair = next((p for p in self.pairs if node in (p.quantize, p.dequantize)), None)
+        if pair is None:
+            return []
+        before = pair.source.producer() if pair.source is not None else None
+        return [*(n for n, _ in self.readers(pair)), *([before] if before is not None else [])]
 
     def quantized_output(self, node: ir.Node) -> ir.Node | None:
         """Return the QuantizeLinear that reads the first output of ``node``, if one does."""
         return next((u.node for u in node.outputs[0].uses() if u.node.op_type == QUANTIZE and u.idx == 0), None)
+
+    @cached_property
+    def sums(self) -> dict[tuple[str, int], bool]:
+        """Return the operands of residual sums that end a convolution, as (node, index): True for the skip, False for the branch (P4)."""
+        plain = {n.name or "": n for n in self.plain.graph}
+        adds = [(n, r) for r in self.regions if r.residuals for n in map(plain.__getitem__, r.nodes) if n.op_type == "Add"]
+        found = [(n.name or "", i, v is not None and v.name in r.residuals) for n, r in adds for i, v in enumerate(n.inputs)]
+        both = {name for name, _, skip in found if skip}
+        return {(name, i): skip for name, i, skip in found if name in both}
 
     def anchors(self, region: Region) -> list[ir.Node]:
         """Return the weighted nodes of a region."""
@@ -141,6 +161,28 @@ class Subject:
         """Return the quantized format that the file asks for in ``region``: that of the pairs on both operands of its anchors, or ''."""
         formats = {p.format if (p := self.operand(n, i)) else "" for n in self.anchors(region) for i in (0, 1)}
         return formats.pop() if len(formats) == 1 else ""
+
+
+def before_pairs(value: ir.Value | None) -> ir.Value | None:
+    """Return ``value`` before the pairs on it; for stored codes, the codes."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in {QUANTIZE, DEQUANTIZE}:
+        value = node.inputs[0]
+    return value
+
+
+def weighted_origin(value: ir.Value | None) -> ir.Node | None:
+    """Return the weighted op that computes ``value``, looking through the addition of a constant bias."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Add":
+        computed = [v for v in node.inputs if v is not None and settled(v) is None and not _is_stored(v)]
+        node = computed[0].producer() if len(computed) == 1 else None
+    return node if node is not None and node.op_type in WEIGHTED else None
+
+
+def _is_stored(value: ir.Value) -> bool:
+    """Return whether ``value`` is dequantized from stored codes."""
+    producer = value.producer()
+    return producer is not None and producer.op_type == DEQUANTIZE and is_constant(producer.inputs[0])
 
 
 def settled(value: ir.Value | None) -> np.ndarray | None:
@@ -154,6 +196,16 @@ def settled(value: ir.Value | None) -> np.ndarray | None:
     if before is None or producer.op_type == "Identity":
         return before
     return before.astype(ir.DataType(int_attribute(producer, "to", 1)).numpy())
+
+
+def value_type(value: ir.Value | None) -> str:
+    """Return the ONNX name of a value's type, '' where it is not known."""
+    return value.dtype.name if value is not None and value.dtype is not None else ""
+
+
+def value_name(value: ir.Value | None) -> str:
+    """Return the name of a value, '' where there is none."""
+    return (value.name or "") if value is not None else ""
 
 
 def is_float_cast(node: ir.Node) -> bool:
