@@ -16,18 +16,22 @@ __global__ void __launch_bounds__(kThreads) dcnv3_kernel(const __grid_constant__
 
 }  // namespace
 
-cudaError_t launch(const Problem& problem, Type x, Type offset, Type mask, Tactic tactic, cudaStream_t stream) {
+std::string launch(const Problem& problem, Type x, Type offset, Type mask, Tactic tactic, cudaStream_t stream) {
     const std::int64_t blocks = (problem.items + kThreads - 1) / kThreads;
     if (blocks == 0) {
-        return cudaSuccess;  // an empty batch
+        return {};  // an empty batch
     }
-    if (blocks > 0x7fffffff) {
-        return cudaErrorInvalidConfiguration;
+    if (blocks > std::numeric_limits<std::int32_t>::max()) {
+        return "the batch is too large for one launch";
     }
     const bool found = dispatch(problem, x, offset, mask, tactic, [&](auto instance) {
         dcnv3_kernel<decltype(instance)><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(problem);
     });
-    return found ? cudaGetLastError() : cudaErrorInvalidValue;
+    if (!found) {
+        return "no kernel was compiled for these types";
+    }
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? std::string{} : std::string("the launch failed: ") + cudaGetErrorString(error);
 }
 
 }  // namespace deploycc
