@@ -264,6 +264,8 @@ def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A buil
     print(verdict.text)
     raise typer.Exit(verdict.exit_code)
 
+    if fix and not json:
+        print(f"wrote {written}")
 
 @app.command()
 def doctor() -> None:

@@ -107,10 +107,8 @@ def test_repeated_and_unread_pairs_go() -> None:
 
 def test_pairs_move_behind_pooling() -> None:
     text = "(float[N,16,8,8] x) => (float[N,32,4,4] y) { " + pair("x") + stored("u") + "c = Conv<pads=[1,1,1,1]>(x_d, u) r = Relu(c) "
-    text += (
-        pair("r") + "p = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(r_d) "
+    text += pair("r") + "p = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(r_d) "
     text += stored() + "y = Conv<pads=[1,1,1,1]>(p, w) }"
-    )
     model = quantized(text, **W | codes(32, 16, 3, 3, name="u") | codes(32, 32, 3, 3))
     assert places(model, "P14") == ["n_r_d"]
     result = repaired(model)
