@@ -229,6 +229,10 @@ def lint(
         str, typer.Option(metavar="T", help="e.g. tensorrt-rtx:sm_89: formats that this target lacks are findings too.")
     ] = "",
     json: Annotated[bool, typer.Option("--json", help="Print every finding as JSON, for programs.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Write the model with the repairs that change no number, and lint that.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="MODEL.onnx", help="Where --fix writes; default MODEL.fixed.onnx. It may be the input.")
+    ] = None,
 ) -> None:
     """Say what in the Q/DQ of a model TensorRT refuses, or computes slower or in another format than the file asks for.
 
@@ -236,7 +240,10 @@ def lint(
 
     Examples:
         deploycc lint model_int8.onnx --target tensorrt-rtx:sm_89
+
+        deploycc lint model_int8.onnx --fix --out repaired.onnx
     """
+    from deploycc.lint.linting import fix as run_fix
     from deploycc.lint.linting import lint as run_lint
 
     if out is not None and not fix:
@@ -244,11 +251,9 @@ def lint(
     written = out or model.with_suffix(".fixed.onnx")
     inspection = run_fix(model, written, target=target) if fix else run_lint(model, target=target)
     print(inspection.to_json() if json else inspection, end="" if json else "\n")
+    if fix and not json:
+        print(f"wrote {written}")
     raise typer.Exit(inspection.exit_code)
-    fix: Annotated[bool, typer.Option("--fix", help="Write the model with the repairs that change no number, and lint that.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="MODEL.onnx", help="Where --fix writes; default MODEL.fixed.onnx. It may be the input.")
-    ] = None,
 
 
 @app.command()
@@ -259,13 +264,10 @@ def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A buil
     """
     from deploycc.replay import replay as run_replay
 
-    from deploycc.lint.linting import fix as run_fix
     verdict = run_replay(directory)
     print(verdict.text)
     raise typer.Exit(verdict.exit_code)
 
-    if fix and not json:
-        print(f"wrote {written}")
 
 @app.command()
 def doctor() -> None:
