@@ -216,7 +216,18 @@ class TestBuild:
         body = json.loads((original / "manifest.json").read_text())
         assert body["paths"] == {"model": str(original.parent / "net.onnx"), "data": None, "eval": None}
         asked = {"precision": "int8", "targets": ["onnxruntime"], "budget": "sqnr>=10dB", "profiles": ["x=1x4x6x6:2x4x6x6:4x4x6x6"]}
-        others = {"seed": 0, "strict": False, "merge": "all", "rescale": "auto", "verify_each": True, "timeout": None, "workspace": None}
+        others = {
+            "seed": 0,
+            "strict": False,
+            "merge": "all",
+            "rescale": "auto",
+            "reparam": None,
+            "sensitivity": "sqnr",
+            "relevance_fallback": None,
+            "verify_each": True,
+            "timeout": None,
+            "workspace": None,
+        }
         assert body["options"] == asked | others
 
     def test_identical(self, out: Path) -> None:

@@ -119,8 +119,8 @@ def load_teacher(name: str | None) -> nn.Module | None:
     return teacher
 
 
-def export(name: str, model: nn.Module) -> None:
-    """Write ``NAME.onnx`` with a dynamic batch, BatchNormalization nodes left in place."""
+def export(name: str, model: nn.Module, folder: Path = HERE) -> None:
+    """Write ``NAME.onnx`` into ``folder`` with a dynamic batch, BatchNormalization nodes left in place."""
     model.eval()
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.onnx.export(
@@ -134,7 +134,7 @@ def export(name: str, model: nn.Module) -> None:
         verbose=False,
         opset_version=20,
     )
-    program.save(HERE / f"{name}.onnx", external_data=False)
+    program.save(folder / f"{name}.onnx", external_data=False)
 
 
 def write_data() -> None:
