@@ -111,16 +111,19 @@ def run(
         PassCrashed: if a pass raises; the given model is untouched.
         ContractError: if the final graph breaks ``contract``.
     """
-    current, records = model, []
+    current, records, spare = model, [], None
     for each in passes:
-        current, record = _transact(current, each, instruments)
+        current, spare, record = _transact(current, spare or current.clone(), each, instruments)
         records.append(record)
     check(current, contract, at=f"the result of {len(passes)} passes")
     return current, records
 
 
-def _transact(current: ir.Model, each: Pass, instruments: Sequence[Instrument]) -> tuple[ir.Model, PassRecord]:
-    attempt, before, start = current.clone(), current.graph.num_nodes(), time.perf_counter()
+def _transact(
+    current: ir.Model, attempt: ir.Model, each: Pass, instruments: Sequence[Instrument]
+) -> tuple[ir.Model, ir.Model | None, PassRecord]:
+    """Apply one pass to ``attempt``, a clone of ``current``; return the graph to keep, a clone of it if there is one, and the record."""
+    before, start = current.graph.num_nodes(), time.perf_counter()
     try:
         result = each(attempt)
         if result.modified:
@@ -135,7 +138,9 @@ def _transact(current: ir.Model, each: Pass, instruments: Sequence[Instrument]) 
         objection = "; ".join(violations(attempt, SOUND)) or next(filter(None, (i.after(each, current, attempt) for i in instruments)), "")
     kept = attempt if result.modified and not objection else current
     rewrites = () if objection else result.rewrites
-    return kept, PassRecord(repr(each), seconds, before, kept.graph.num_nodes(), rewrites, result.declines, objection)
+    # A pass without rewrites has left its clone as it was, as the pass laws check, so the next pass can have it.
+    spare = None if result.modified else attempt
+    return kept, spare, PassRecord(repr(each), seconds, before, kept.graph.num_nodes(), rewrites, result.declines, objection)
 
 
 def check(model: ir.Model, contract: Contract, *, at: str) -> None:
