@@ -224,7 +224,7 @@ def bundle(
 
 @app.command()
 def lint(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file, quantized by anybody.")],
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file, quantized by anybody.")] = None,
     target: Annotated[
         str, typer.Option(metavar="T", help="e.g. tensorrt-rtx:sm_89: formats that this target lacks are findings too.")
     ] = "",
@@ -233,6 +233,8 @@ def lint(
     out: Annotated[
         Path | None, typer.Option(metavar="MODEL.onnx", help="Where --fix writes; default MODEL.fixed.onnx. It may be the input.")
     ] = None,
+    rules: Annotated[bool, typer.Option("--rules", help="List the rules instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --rules: print the page docs/lint.md.")] = False,
 ) -> None:
     """Say what in the Q/DQ of a model TensorRT refuses, or computes slower or in another format than the file asks for.
 
@@ -243,9 +245,16 @@ def lint(
 
         deploycc lint model_int8.onnx --fix --out repaired.onnx
     """
+    if rules:
+        from deploycc.lint import catalogue as rulebook
+
+        print(rulebook.markdown() if markdown else rulebook.listing(), end="" if markdown else "\n")
+        return
     from deploycc.lint.linting import fix as run_fix
     from deploycc.lint.linting import lint as run_lint
 
+    if model is None:
+        raise UsageError("no model is given", at="MODEL.onnx", fix="name an ONNX file, or list the rules with --rules")
     if out is not None and not fix:
         raise UsageError("--out says where --fix writes", at="--out", fix="add --fix, or leave --out away")
     written = out or model.with_suffix(".fixed.onnx")

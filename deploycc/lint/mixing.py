@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from deploycc.core.dcnv3 import OFFSET, is_dcnv3
 from deploycc.core.formats import FORMATS
 from deploycc.core.graph import int_attribute, sole_consumer
 from deploycc.lint.findings import Place, rule
@@ -159,3 +160,18 @@ def decisions_read_floats(subject: Subject) -> Iterator[Place]:
         deciding = next((n for n, _ in subject.readers(pair) if n.op_type in DECIDING_OPS), None)
         if deciding is not None:
             yield Place(pair.dequantize, f"'{deciding.name}' ({deciding.op_type}) decides on a quantized value")
+
+
+@rule(
+    "D2",
+    "warning",
+    why="a sampling position that is off by a pixel reads another pixel",
+    fix="keep offsets and grids in FP32, or offsets in FP16",
+)
+def positions_are_exact(subject: Subject) -> Iterator[Place]:
+    """No sampling offsets or grids are quantized or BF16."""
+    places = [(n, OFFSET if is_dcnv3(n) else 1) for n in subject.graph if is_dcnv3(n) or n.op_type == "GridSample"]
+    for node, index in places:
+        where = node.inputs[index]
+        if subject.operand(node, index) is not None or value_type(where) == "BFLOAT16":
+            yield Place(node, f"its positions '{value_name(where)}' are quantized or BF16")

@@ -187,3 +187,9 @@ def test_d1_decisions() -> None:
 def test_what_a_target_lacks_is_an_error_and_a_convolution_as_it_should_be_is_clean() -> None:
     assert {f.severity for f in findings(two(FP8), "X4", target="t", formats=frozenset({INT8}))} == {"error"}
     assert [f.rule for f in findings(quantized(CONV, **W), "X4", target="t", formats=frozenset({INT8}))] == []
+
+
+def test_d2_sampling_positions() -> None:
+    text = "(float[N,4,8,8] x, float[N,8,8,2] g) => (float[N,4,8,8] y) { %s y = GridSample(x, %s) }"
+    assert places(quantized(text % (pair("g"), "g_d")), "D2") == ["n_y"]
+    assert places(quantized(text % ("", "g")), "D2") == []

@@ -22,6 +22,38 @@ def residual(branch: str = "b", skip: str = "a_d", behind: str = pair("r", out="
     return quantized(text + f"y = {SAME}({'rd' if behind else 'r'}, w) }}", **TWO, **codes(32, 32, 3, 3))
 
 
+def test_p1_both_operands() -> None:
+    weight_only = IMAGE + stored() + f"y = {SAME}(x, w) }}"
+    activation_only = IMAGE + pair("x") + f"y = {SAME}(x_d, w) }}"
+    assert findings(quantized(weight_only, **W), "P1")[0].what == "the weight is quantized, the activation is not"
+    assert findings(quantized(activation_only, w=weight(32, 16, 3, 3)), "P1")[0].what == "the activation is quantized, the weight is not"
+    assert places(conv(), "P1") == []
+
+
+def test_p1_weight_only_products_are_a_matter_of_choice() -> None:
+    text = "(float[N,32] x) => (float[N,64] y) { " + stored(axis=1) + "y = MatMul(x, w) }"
+    assert [f.severity for f in findings(quantized(text, **codes(32, 64, axis=1)), "P1")] == ["note"]
+
+
+BEFORE = IMAGE + pair("x") + stored() + f"c = {SAME}(x_d, w) "
+ONES = {name: np.ones(32, np.float32) for name in "gbmv"}
+
+
+def test_p2_outputs() -> None:
+    assert places(quantized(BEFORE + pair("c") + "t = Softsign(c_d) y = Neg(t) }", **W), "P2") == ["n_c_d"]
+    assert places(conv(), "P2") == []
+
+
+@pytest.mark.parametrize("after", ["Relu(c_d)", "LeakyRelu(c_d)", "BatchNormalization(c_d, g, b, m, v)"])
+def test_p3_what_is_fused_with_a_convolution(after: str) -> None:
+    assert places(quantized(BEFORE + pair("c") + f"y = {after} }}", **W, **ONES), "P3")[0] == "n_c_d"
+    assert places(quantized(BEFORE + "r = Relu(c) " + pair("r") + "y = Neg(r_d) }", **W), "P3") == []
+
+
+def test_p3_a_normalization_that_is_not_folded() -> None:
+    assert places(quantized(BEFORE + "y = BatchNormalization(c, g, b, m, v) }", **W, **ONES), "P3") == ["n_y"]
+
+
 def test_p4_and_p5_residual_sums() -> None:
     assert (places(residual(), "P4"), places(residual(), "P5")) == ([], [])
     assert places(residual(skip="a"), "P4") == ["n_c"]
