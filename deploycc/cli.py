@@ -111,6 +111,18 @@ def build(
             metavar="R", help="LayerNorms in a simulation: layer, channel, repq, or crl[:K] (default), clipped at K standard deviations."
         ),
     ] = None,
+    sensitivity: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How --precision mixed scores regions. Measured, one run per region and format: sqnr (noise at the outputs), kl (of the "
+            "class probabilities). From gradients, one sweep whatever the size: lrp (relevance), fisher, hessian. hybrid: lrp and sqnr.",
+        ),
+    ] = "sqnr",
+    relevance_fallback: Annotated[
+        str | None,
+        typer.Option(metavar="gradient", help="How relevance passes an operator without a rule (lrp, hybrid); default: refuse it."),
+    ] = None,
     verify_each: Annotated[
         bool, typer.Option("--verify-each", help="Compare the outputs after every exact pass, and roll back a pass that changes them.")
     ] = False,
@@ -136,7 +148,8 @@ def build(
     request = BuildRequest(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
-        merge=merge, rescale=rescale, reparam=reparam, verify_each=verify_each, dump=dump,
+        merge=merge, rescale=rescale, reparam=reparam, sensitivity=sensitivity, relevance_fallback=relevance_fallback,
+        verify_each=verify_each, dump=dump,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())
@@ -187,12 +200,13 @@ def explain(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory.")],
     node: Annotated[str | None, typer.Argument(metavar="NODE", help="A node, region or PyTorch module; default: all regions.")] = None,
     passes: Annotated[bool, typer.Option("--passes", help="Show what each pass cost, rewrote and declined instead.")] = False,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Show the best plans between the fastest and the least noisy instead.")] = False,
 ) -> None:
     """Say which format each region has, and why."""
     from deploycc.explain import explain as run_explain
-    from deploycc.explain import explain_passes
+    from deploycc.explain import explain_front, explain_passes
 
-    print(explain_passes(directory) if passes else run_explain(directory, node))
+    print(explain_front(directory) if pareto else explain_passes(directory) if passes else run_explain(directory, node))
 
 
 @app.command()

@@ -7,8 +7,13 @@ from math import log10
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import UsageError
+from deploycc.core.formats import FORMATS
+from deploycc.core.plan import PrecisionPlan
 from deploycc.core.rules import RULES
+from deploycc.core.target import parse_target
 from deploycc.output import is_build
+from deploycc.quant.allocate import pareto_front
+from deploycc.quant.cost import estimate_all
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +55,34 @@ def explain_passes(directory: Path) -> str:
     notes = [f"{r['spec']} was rolled back: {r['rolled_back']}" for r in rows if r.get("rolled_back")]
     notes += [f"{r['spec']} declined {d['code']} at {d['anchor']}: {d['reason']}" for r in rows for d in r["declines"]]
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def explain_front(directory: Path) -> str:
+    """Return a table of the best plans between the fastest and the least noisy, from the scores and estimates of a finished build.
+
+    Raises:
+        UsageError: when ``directory`` is not a build, or was built without scores.
+    """
+    report = _report(directory)
+    plan = PrecisionPlan.from_json((directory / "plan.json").read_text(), at=str(directory / "plan.json"))
+    regions = [a.region for a in plan.assignments]
+    scored = {name for a in plan.assignments for name in a.noise}
+    if not scored:
+        raise UsageError("this build has no scores to choose by", at=str(directory), fix="build with --precision mixed")
+    target = parse_target(report["request"]["targets"][0])
+    costs, noise = estimate_all(regions, target, batch=report["plan"]["batch"]), {a.region.name: a.noise for a in plan.assignments}
+    formats = [f for f in FORMATS.values() if f.name in scored]
+    front = pareto_front(regions, formats, plan.base, noise=noise, latency=costs)
+    whole = sum(costs[r.name][plan.base.name] for r in regions)
+    lines = [f"{'latency':>8}  {'bits':>5}  {'expected SQNR':>13}  regions"]
+    for found in front:
+        time = sum(costs[a.region.name][a.format.name] for a in found) / whole
+        spent = sum(a.noise.get(a.format.name, 0.0) for a in found)
+        counts = ", ".join(f"{n} {name}" for name, n in PrecisionPlan(plan.base, found).count().items())
+        shown = f"{-10 * log10(spent):.1f} dB" if spent > 0 else f"{plan.base.name} only"
+        lines.append(f"{time:7.3f}x  {PrecisionPlan(plan.base, found).average_bits():5.2f}  {shown:>13}  {counts}")
+    note = f"latency is a roofline estimate as a share of {plan.base.name} on {target}; the noise of single regions is taken to add up"
+    return "\n".join([*lines, "", note])
 
 
 def _report(directory: Path) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
+from deploycc.core.budget import Budget
 from deploycc.core.errors import BudgetError
 from deploycc.core.plan import Assignment, Region
 
 if TYPE_CHECKING:
-    from deploycc.core.budget import Budget
     from deploycc.core.formats import Format
 
 DEFAULT_BITS = 10.0
@@ -92,6 +92,29 @@ def allocate(
             fix="relax that bound, or allow more formats by another --target",
         )
     return tuple(_explained(choices, choice, regions, noise, base, limited=noise_bound is not None) for choice in picked)
+
+
+def pareto_front(
+    regions: Sequence[Region], formats: Sequence[Format], base: Format, *, noise: Costs, latency: Costs, points: int = 12
+) -> list[tuple[Assignment, ...]]:
+    """Return assignments from the fastest to the least noisy, none of which another beats in both; at most ``points``.
+
+    For each of ``points`` bounds on latency, evenly spaced from the fastest possible to the base format's, the least noise is taken.
+    """
+    if not regions:
+        return []
+    all_base = sum(latency[r.name][base.name] for r in regions)
+    fastest = sum(min(latency[r.name][f.name] for f in (base, *formats) if f == base or f.name in r.formats) for r in regions)
+    front: list[tuple[Assignment, ...]] = []
+    least = np.inf
+    for bound in np.linspace(fastest, max(all_base, fastest), points):
+        budget = Budget(bits=float(max(f.bits for f in (base, *formats))), latency=float(bound) / all_base)
+        found = allocate(regions, formats, base, noise=noise, latency=latency, budget=budget, noise_bound=None)
+        total = sum(noise[a.region.name].get(a.format.name, 0.0) for a in found)
+        if total < least:
+            front.append(found)
+            least = total
+    return front
 
 
 def _choices(regions: Sequence[Region], formats: Sequence[Format], base: Format, noise: Costs, latency: Costs) -> list[Choice]:

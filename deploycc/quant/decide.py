@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ from deploycc.quant.allocate import allocate, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.cost import estimate_all, machine_of
 from deploycc.quant.islands import decision_islands, sampling_islands
+from deploycc.quant.methods import Question, method_named
 from deploycc.quant.observers import clip_limit
 from deploycc.quant.regions import partition
-from deploycc.quant.sensitivity import Scores, measure_noise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
     from deploycc.core.budget import Budget
     from deploycc.core.data import Dataset
     from deploycc.core.target import Target
+    from deploycc.quant.sensitivity import Scores
 
 Progress = Callable[[int, int], None]
 Stage = Callable[[str], Any]
 SCORING_BUDGET = 4e11
 SCORING_SAMPLES = (4, 32)
+# A sweep costs the same for any number of regions, and the order that it finds needs more samples.
+SWEEPING_SAMPLES = (4, 256)
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Analysis:
     scales: dict[str, dict[str, float]] = field(default_factory=dict)
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     islands: dict[str, str] = field(default_factory=dict)
+    sensitivity: str = "sqnr"
     rescales: Mapping[str, Rescale] = field(default_factory=dict)
     settled: PrecisionPlan | None = None
 
@@ -70,6 +75,7 @@ class Analysis:
             "estimated_latency_us": round(latency, 2),
             "estimated_latency_ratio": round(latency / base, 4) if base else 1.0,
             "estimated_on": f"{machine_of(self.target).name}, batch {self.batch} (roofline estimate, not a measurement)",
+            "batch": self.batch,
             "expected_noise": sum(a.noise.get(a.format.name, 0.0) for a in plan.assignments),
             "fp32_islands": len(plan.islands),
         }
@@ -77,11 +83,16 @@ class Analysis:
     def scores_json(self) -> str:
         """Return the scores file: same analysis, same bytes."""
         body = {
-            "schema": "deploycc.scores/1",
+            "schema": "deploycc.scores/2",
             "method": self.scores.method if self.scores else "none",
-            "meaning": "noise-to-signal ratio at the outputs when this region alone is quantized",
+            "meaning": method_named(self.sensitivity).meaning if self.scores else "",
             "samples": self.scores.samples if self.scores else 0,
-            "regions": {name: {k: float(f"{v:.6g}") for k, v in sorted(by.items())} for name, by in self.noise.items()},
+            "stability": _rounded(self.scores.stability) if self.scores else None,
+            "regions": {name: {k: _rounded(v) for k, v in sorted(by.items())} for name, by in self.noise.items()},
+            "evidence": {
+                name: {"mean": _rounded(e.mean), "stderr": _rounded(e.stderr), "samples": e.samples}
+                for name, e in (self.scores.evidence.items() if self.scores else ())
+            },
         }
         return json.dumps(body, indent=1) + "\n"
 
@@ -100,6 +111,8 @@ def analyse(
     stage: Stage,
     progress: Progress,
     rescales: Mapping[str, Rescale] | None = None,
+    sensitivity: str = "sqnr",
+    fallback: str | None = None,
 ) -> Analysis:
     """Partition and, where formats are to be inserted, calibrate; where they are to be chosen, score.
 
@@ -116,8 +129,14 @@ def analyse(
         stage: a context manager per named stage.
         progress: called with work done and in all.
         rescales: what was done to the normalizations of ``model`` already, for the plan.
+        sensitivity: how regions are scored, by name (``deploycc.quant.methods``).
+        fallback: how relevance passes an operator without a rule: ``gradient``, or None to refuse.
+
+    Raises:
+        UsageError: for an unknown sensitivity, or where the model cannot be scored by it.
     """
-    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest, rescales=rescales or {})
+    method = method_named(sensitivity)
+    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest, sensitivity=sensitivity, rescales=rescales or {})
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
@@ -127,17 +146,19 @@ def analyse(
             analysis.statistics = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
         analysis.scales = scales_of(analysis.statistics, eligible, formats, base, softmax=_softmax_outputs(model))
     if formats and choose:
-        few = data.take(_scoring_samples(analysis.regions, runs=len(eligible) * len(formats)))
+        limits = SCORING_SAMPLES if method.sweeps is None else SWEEPING_SAMPLES
+        few = data.take(_scoring_samples(analysis.regions, runs=method.sweeps or len(eligible) * len(formats), limits=limits))
+        question = Question(
+            model, analysis.regions, formats, analysis.scales, few, reference, batch=batch, fallback=fallback, progress=progress
+        )
         with stage("score"):
-            analysis.scores = measure_noise(
-                model, analysis.regions, formats, analysis.scales, few, reference=reference, batch=batch, progress=progress
-            )
+            analysis.scores = method.score(question)
     return analysis
 
 
-def _scoring_samples(regions: Sequence[Region], *, runs: int) -> int:
+def _scoring_samples(regions: Sequence[Region], *, runs: int, limits: tuple[int, int]) -> int:
     """Return how many samples ``runs`` passes over the model may take within the budget of arithmetic."""
-    low, high = SCORING_SAMPLES
+    low, high = limits
     return int(min(max(SCORING_BUDGET / max(sum(r.macs for r in regions) * max(1, runs), 1), low), high))
 
 
@@ -155,6 +176,11 @@ def scales_of(
                 limit = 1.0 if name in softmax and format == FP8 else clip_limit(observer, format)
                 scales.setdefault(name, {})[format.name] = activation_scale(limit, format, base)
     return scales
+
+
+def _rounded(number: float | None) -> float | None:
+    """Return six digits of a number, None where there is none."""
+    return None if number is None or math.isnan(number) else float(f"{number:.6g}")
 
 
 def _softmax_outputs(model: ir.Model) -> frozenset[str]:

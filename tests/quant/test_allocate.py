@@ -16,7 +16,7 @@ from deploycc.core.budget import Budget
 from deploycc.core.errors import BudgetError
 from deploycc.core.formats import FP8, FP16, INT8, Format
 from deploycc.core.plan import Assignment, Region
-from deploycc.quant.allocate import DEFAULT_BITS, DEFAULT_LATENCY_SLACK, allocate, uniform
+from deploycc.quant.allocate import DEFAULT_BITS, DEFAULT_LATENCY_SLACK, allocate, pareto_front, uniform
 
 law = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 FORMATS = (INT8, FP8)
@@ -114,6 +114,21 @@ def test_equals_brute_force(problem: Problem, asked: tuple[Budget, float | None]
     quantity = "noise" if noise_bound is None else "latency"
     worst = max(f[quantity] for f in problem.every())
     assert figures[quantity] <= best * (1 + 1e-5) + 1e-8 * worst
+
+
+@settings(law, max_examples=40)
+@given(problems())
+def test_nothing_beats_a_point_of_the_front(problem: Problem) -> None:
+    front = pareto_front(problem.regions, problem.formats, FP16, noise=problem.noise, latency=problem.latency)
+    points = [problem.figures(tuple(a.format for a in found)) for found in front]
+    assert points
+    everything = problem.every()
+    scale = max(f["noise"] for f in everything)
+    for point in points:
+        rivals = (f for f in everything if f["latency"] <= point["latency"])
+        assert point["noise"] <= min(f["noise"] for f in rivals) * (1 + 1e-5) + 1e-8 * scale
+    assert [p["noise"] for p in points] == sorted((p["noise"] for p in points), reverse=True)
+    assert points[0]["latency"] <= min(f["latency"] for f in everything) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("large", [1.0, 1e6])
