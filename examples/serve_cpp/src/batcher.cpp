@@ -57,7 +57,7 @@ std::future<Tensors> Batcher::submit(Tensors inputs) {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (closing_ || queue_.size() >= options_.capacity) {
-            throw Refusal(Kind::backend, "too many requests wait", "", "try again later, or start the server with more workers");
+            throw Busy(Kind::backend, "too many requests wait", "", "try again later, or start the server with more workers");
         }
         queue_.push_back(Request{std::move(inputs), {}, Clock::now()});
         future = queue_.back().promise.get_future();

@@ -14,6 +14,7 @@
 #include "deploycc/files.hpp"
 #include "deploycc/npy.hpp"
 #include "deploycc/refusal.hpp"
+#include "server.hpp"
 
 namespace deploycc {
 namespace {
@@ -160,6 +161,21 @@ int bench(const Arguments& arguments) {
     return 0;
 }
 
+int serve_bundle(const Arguments& arguments) {
+    block_stop_signals();
+    Engine engine = open_engine(arguments);
+    print_golden(engine);
+    ServerOptions options;
+    options.host = arguments.text("--host", options.host);
+    options.port = static_cast<int>(arguments.number("--port", options.port, 0, 65535));
+    serve(engine, options, [&](int port) {
+        std::printf("serving  http://%s:%d/v2/models/%s\n", options.host.c_str(), port, engine.bundle().name.c_str());
+        std::fflush(stdout);
+    });
+    std::printf("stopped\n");
+    return 0;
+}
+
 }  // namespace
 
 int run_command(const std::vector<std::string>& words) {
@@ -167,6 +183,7 @@ int run_command(const std::vector<std::string>& words) {
     if (command == "verify") return verify(parse_arguments(words, COMMON));
     if (command == "run") return run(parse_arguments(words, with_common({"--input", "--out"})));
     if (command == "bench") return bench(parse_arguments(words, with_common({"--batch", "--seconds", "--clients"})));
+    if (command == "serve") return serve_bundle(parse_arguments(words, with_common({"--port", "--host"})));
     std::cout << USAGE;
     if (command == "--help" || command == "-h") return 0;
     throw Refusal(Kind::usage, "the command '" + command + "' is not known", "", "use verify, run, bench or serve");

@@ -21,4 +21,10 @@ private:
     Kind kind_;
 };
 
+// Too much is asked at the moment; the same request may be met later.
+class Busy : public Refusal {
+public:
+    using Refusal::Refusal;
+};
+
 }  // namespace deploycc
