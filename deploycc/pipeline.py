@@ -97,6 +97,8 @@ def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
         stage=job.stage,
         progress=job.watch.progress,
         rescales=rescales,
+        sensitivity=job.request.sensitivity,
+        fallback=job.request.relevance_fallback,
     )
     _report_analysis(job, analysis)
     return canonical, analysis
@@ -246,6 +248,8 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
         "merge": request.merge,
         "rescale": request.rescale,
         "reparam": request.reparam,
+        "sensitivity": request.sensitivity,
+        "relevance_fallback": request.relevance_fallback,
         "verify_each": request.verify_each,
     }
     report.plan = analysis.summary(plan)

@@ -72,7 +72,10 @@ def _request(recorded: Mapping[str, Any], directory: Path) -> BuildRequest:
         raise UsageError(
             f"the input {paths['model']} is missing", at=str(directory), fix="put it back, or run this where the build was run"
         )
-    same = ("precision", "budget", "seed", "strict", "timeout", "workspace", "merge", "rescale", "reparam", "verify_each")
+    same = (
+        *("precision", "budget", "seed", "strict", "timeout", "workspace", "merge", "rescale", "reparam", "sensitivity"),
+        *("relevance_fallback", "verify_each"),
+    )
     return BuildRequest(
         model=model,
         data=_data(paths["data"], directory),

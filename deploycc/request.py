@@ -19,6 +19,7 @@ from deploycc.core.report import BuildReport
 from deploycc.core.shapes import Profile, profiles_for
 from deploycc.core.target import Target, parse_target
 from deploycc.interop import load_model
+from deploycc.quant.methods import check_fallback, method_named
 from deploycc.quant.paper_reparameterize import parse_reparameterization
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class BuildRequest:
     merge: str = "exact"
     rescale: str = "auto"
     reparam: str | None = None
+    sensitivity: str = "sqnr"
+    relevance_fallback: str | None = None
     verify_each: bool = False
     dump: Path | None = None
 
@@ -182,6 +185,8 @@ def _check_passes(request: BuildRequest) -> None:
         raise UsageError(f"unknown way of merging '{request.merge}'", at="--merge", fix=f"use one of {', '.join(MERGES)}")
     if request.rescale not in RESCALES:
         raise UsageError(f"unknown way of rescaling '{request.rescale}'", at="--rescale", fix=f"use one of {', '.join(RESCALES)}")
+    method_named(request.sensitivity)
+    check_fallback(request.relevance_fallback)
     if request.dump is None:
         return
     if request.dump.exists() and (not request.dump.is_dir() or any(request.dump.iterdir())):
