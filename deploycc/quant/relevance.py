@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 MEMORY = 2**30
-STABLE = 0.98
+STABLE = 0.95
 CHECKPOINTS: tuple[int, ...] = tuple(2**k * base for k in range(3, 24) for base in (2, 3))
 
 

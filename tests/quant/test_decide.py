@@ -70,7 +70,7 @@ def test_a_mixed_plan_keeps_the_scales_it_uses(tmp_path: Path) -> None:
     )
     assert summary["estimated_on"] == "L4, batch 3 (roofline estimate, not a measurement)"
     scores = json.loads(analysis.scores_json())
-    assert (scores["schema"], scores["samples"]) == ("deploycc.scores/1", 6)
+    assert (scores["schema"], scores["samples"]) == ("deploycc.scores/2", 6)
     assert set(scores["regions"]) == {r.name for r in analysis.regions}
 
 

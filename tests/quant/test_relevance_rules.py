@@ -15,7 +15,7 @@ from walked import Walked, walked
 
 from deploycc.core.dcnv3 import DCNv3, make_node, provide_functions
 from deploycc.core.errors import UsageError
-from deploycc.quant.lrp.rules import bilinear, propagator, rule, safe_divide
+from deploycc.quant.lrp.rules import bilinear, rule, safe_divide
 from plugins_trt.dcnv3 import reference
 
 if TYPE_CHECKING:
@@ -441,11 +441,6 @@ def test_the_fallback_shares_by_gradient_times_input() -> None:
     x = np.abs(random(2, 5))
     found = walked(hidden("2,5", ODD, last=np.array([1])), fallback="gradient", x=x).relevance["x"]
     np.testing.assert_allclose(found, x**2 / np.sum(x**2, axis=1, keepdims=True), rtol=1e-5)
-
-
-def test_an_unknown_fallback() -> None:
-    with pytest.raises(UsageError, match="unknown fallback 'luck'"):
-        propagator(fallback="luck")
 
 
 def test_a_rule_is_one_decorated_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,9 +76,11 @@ def _layer_norm(node: ir.Node, inputs: Inputs) -> Tensor:
     x, scale = present(inputs)[:2]
     shape = list(x.shape[int_attribute(node, "axis", -1) % x.ndim :])
     epsilon = float_attribute(node, "epsilon", 1e-5)
-    normalize = functional.layer_norm if node.op_type == "LayerNormalization" else functional.rms_norm
-    normal, bias = normalize(x, shape, eps=epsilon) * scale, given(inputs, 2)
-    return normal if bias is None else normal + bias
+    scale = scale.expand(shape)
+    if node.op_type == "RMSNormalization":
+        return functional.rms_norm(x, shape, scale, epsilon)
+    bias = given(inputs, 2)
+    return functional.layer_norm(x, shape, scale, None if bias is None else bias.expand(shape), epsilon)
 
 
 @operator("BatchNormalization")

@@ -7,7 +7,8 @@ relevance: it belongs to what was computed from the image. Sources: Chefer, Gur 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -42,13 +43,9 @@ def propagator(*, fallback: str | None = None) -> Rule:
     """Return the function that applies each node's rule.
 
     Args:
-        fallback: ``gradient`` for ``x * dy/dx * R/y`` where an operator has no rule, None to refuse.
-
-    Raises:
-        UsageError: for an unknown fallback; the returned function raises it for an operator without a rule, naming the node.
+        fallback: ``gradient`` for ``x * dy/dx * R/y`` where an operator has no rule, None to refuse it: the returned function
+            then raises a UsageError that names the node.
     """
-    if fallback not in {None, "gradient"}:
-        raise UsageError(f"unknown fallback '{fallback}'", at="--relevance-fallback", fix="use gradient, or leave it out")
 
     def propagate(step: Step, relevance: list[Tensor]) -> Parts:
         found = _RULES.get((step.node.domain, step.node.op_type))
@@ -64,9 +61,9 @@ def propagator(*, fallback: str | None = None) -> Rule:
 
 
 def safe_divide(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a / b`` where ``b`` is not zero, else 0; the divisor is kept away from zero by 1e-9."""
-    divisor = b.clamp(min=TINY) + b.clamp(max=TINY)
-    return torch.where(b != 0, a / torch.where(divisor == 0, TINY, divisor), 0.0)
+    """Return ``a / (max(b, t) + min(b, t))`` with ``t`` = 1e-9, that is ``a / (b + t)``, and 0 where ``b`` is zero."""
+    divisor = b + TINY
+    return (a / divisor).masked_fill_((b == 0).logical_or_(divisor == 0), 0.0)
 
 
 def placed(step: Step, position: int, part: Tensor) -> Parts:
@@ -131,20 +128,38 @@ def linear(step: Step, relevance: list[Tensor]) -> Parts:
     x = x.detach()
     if step.at_image:
         return placed(step, position, _bounded(step, x, weight, relevance[0]))
-    pairs = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
-    return placed(step, position, _shared(step, position, [p for p in pairs if bool(p[0].any())], relevance[0]))
+    if step.node.op_type == "MatMul" and position == 0 and weight.ndim == 2:
+        return placed(step, position, _shared_product(x, weight, step.outputs[0].detach(), relevance[0]))
+    return placed(step, position, _shared(step, position, x, weight, relevance[0]))
 
 
-def _shared(step: Step, position: int, pairs: Sequence[tuple[Tensor, Tensor]], relevance: Tensor) -> Tensor:
-    """Return ``sum_k x_k J_k^T (R / sum_k f(x_k, W_k))``."""
+def _shared_product(x: Tensor, weight: Tensor, y: Tensor, relevance: Tensor) -> Tensor:
+    """Return the alpha-beta rule of ``y = x W`` with three products: ``x+ W+ + x- W- = (y + |x| |W|) / 2``.
+
+    Where nothing is positive this is zero exactly, since both sums then have the same terms but for the sign.
+    """
+    share = safe_divide(relevance, torch.matmul(x.abs(), weight.abs()).add_(y))
+    result = x.clamp(min=0).mul_(torch.matmul(share, weight.clamp(min=0).mul_(2).mT))
+    return result.addcmul_(x.clamp(max=0), torch.matmul(share, weight.clamp(max=0).mul_(2).mT))
+
+
+def _shared(step: Step, position: int, x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
+    """Return ``sum_k x_k J_k^T (R / sum_k f(x_k, W_k))`` over the two signs ``k`` that ``x`` has."""
+    low, high = (v.item() for v in x.aminmax())
+    pairs = [(x.clamp(min=0), weight.clamp(min=0))] if high > 0 else []
+    pairs += [(x.clamp(max=0), weight.clamp(max=0))] if low < 0 else []
     leaves = [x.detach().requires_grad_() for x, _ in pairs]
     with torch.enable_grad():
         outputs = [_product(step, position, leaf, weight) for leaf, (_, weight) in zip(leaves, pairs, strict=True)]
     if not outputs:
-        return torch.zeros_like(step.inputs[position])  # type: ignore[arg-type]
-    share = safe_divide(relevance, torch.stack([y.detach() for y in outputs]).sum(0) if len(outputs) > 1 else outputs[0].detach())
+        return torch.zeros_like(x)
+    share = safe_divide(relevance, _sum(y.detach() for y in outputs))
     grads = torch.autograd.grad(outputs, leaves, [share] * len(outputs))
-    return sum((x.detach() * g for x, g in zip(leaves, grads, strict=True)), start=torch.zeros(()))
+    return _sum(x.detach() * g for x, g in zip(leaves, grads, strict=True))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 def _product(step: Step, position: int, x: Tensor, weight: Tensor) -> Tensor:
@@ -154,17 +169,18 @@ def _product(step: Step, position: int, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _bounded(step: Step, x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
-    """Return the z^B rule: ``R_x = x (S W) - l (S W+) - h (S W-)``, ``S = R / (x W - l W+ - h W-)``, bounds of each sample."""
-    shape = [-1, *[1] * (x.ndim - 1)]
-    low, high = (v.reshape(shape).expand_as(x) for v in (x.flatten(1).amin(1), x.flatten(1).amax(1)))
-    leaves = [v.detach().clone().requires_grad_() for v in (x, low, high)]
+    """Return the z^B rule, with the bounds l and h of each sample.
+
+    ``S = R / (x W - l W+ - h W-)`` and ``R_x = x (S W) - l (S W+) - h (S W-) = (x - l) (S W+) + (x - h) (S W-)``.
+    """
+    low, high = (v.reshape(-1, *[1] * (x.ndim - 1)) for v in (x.flatten(1).amin(1), x.flatten(1).amax(1)))
+    parts, leaves = [weight.clamp(min=0), weight.clamp(max=0)], [x.clone().requires_grad_() for _ in range(2)]
     with torch.enable_grad():
-        whole, floor, roof = (
-            _product(step, 0, v, w) for v, w in zip(leaves, (weight, weight.clamp(min=0), weight.clamp(max=0)), strict=True)
-        )
-        total = whole - floor - roof
-    grads = torch.autograd.grad([total], leaves, [safe_divide(relevance, total.detach())])
-    return sum((v.detach() * g for v, g in zip(leaves, grads, strict=True)), start=torch.zeros(()))
+        outputs = [_product(step, 0, leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
+    floor, roof = (bound * _product(step, 0, torch.ones_like(x[:1]), part) for bound, part in zip((low, high), parts, strict=True))
+    share = safe_divide(relevance, outputs[0].detach() + outputs[1].detach() - floor - roof)
+    grads = torch.autograd.grad(outputs, leaves, [share, share])
+    return (x - low) * grads[0] + (x - high) * grads[1]
 
 
 @rule("Add", "Sub", "Sum", "Mean")
@@ -180,10 +196,10 @@ def addition(step: Step, relevance: list[Tensor]) -> Parts:
     operands = [step.inputs[i].detach().expand(shape) for i in positions]  # type: ignore[union-attr]
     if step.node.op_type == "Sub":
         operands[1] = -operands[1]
-    ratio = safe_divide(relevance[0], torch.stack(operands).sum(0) if len(operands) > 2 else operands[0] + operands[1])
+    ratio = safe_divide(relevance[0], _sum(operands))
     parts = [u * ratio for u in operands]
     sums = [step.totals(a) for a in parts]
-    whole, wanted = torch.stack([s.abs() for s in sums]).sum(0), step.totals(relevance[0])
+    whole, wanted = _sum(s.abs() for s in sums), step.totals(relevance[0])
     result: Parts = [None] * len(step.inputs)
     for i, part, total in zip(positions, parts, sums, strict=True):
         kept = part * safe_divide(safe_divide(total.abs(), whole) * wanted, total)
