@@ -52,11 +52,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way of scoring, what its figures mean, and how many runs of the model one sample takes, given regions times formats."""
+    """A way of scoring, what its figures mean, and its cost in runs of the model per sample: None for one per region and format."""
 
     score: Callable[[Question], Scores]
     meaning: str
-    runs: Callable[[int], int]
+    sweeps: int | None
 
 
 _METHODS: dict[str, Method] = {}
@@ -67,7 +67,7 @@ def method(name: str, meaning: str, *, sweeps: int | None = None) -> Callable[[S
     """Register a way of scoring; ``sweeps`` is its cost in runs of the model where that does not grow with the regions."""
 
     def register(score: Scoring) -> Scoring:
-        _METHODS[name] = Method(score, meaning, lambda pairs: pairs if sweeps is None else sweeps)
+        _METHODS[name] = Method(score, meaning, sweeps)
         return score
 
     return register
@@ -82,6 +82,16 @@ def method_named(name: str) -> Method:
     if name not in _METHODS:
         raise UsageError(f"unknown sensitivity '{name}'", at="--sensitivity", fix=f"use one of {', '.join(_METHODS)}")
     return _METHODS[name]
+
+
+def check_fallback(fallback: str | None) -> None:
+    """Refuse a way for relevance to pass operators without a rule that does not exist.
+
+    Raises:
+        UsageError: for anything but ``gradient`` and None.
+    """
+    if fallback not in {None, "gradient"}:
+        raise UsageError(f"unknown fallback '{fallback}'", at="--relevance-fallback", fix="use gradient, or leave it out")
 
 
 def method_names() -> tuple[str, ...]:
