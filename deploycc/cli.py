@@ -79,6 +79,10 @@ def build(
         str,
         typer.Option(metavar="B", help="Bounds: sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, latency<=0.7x; several with commas."),
     ] = "",
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.json", help="Apply the plan of another build instead of --precision: nothing is calibrated or scored."),
+    ] = None,
     shape: ShapeOption = None,
     out: Annotated[
         Path | None,
@@ -88,7 +92,10 @@ def build(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="TOML", help="deploycc.toml, whose section [preprocessing] says how a directory of images is read."),
+        typer.Option(
+            metavar="TOML",
+            help="deploycc.toml: [preprocessing] says how a directory of images is read, [regions] which format regions have by pattern.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of synthetic data.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to calibrate on synthetic data.")] = False,
@@ -149,7 +156,7 @@ def build(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
         merge=merge, rescale=rescale, reparam=reparam, sensitivity=sensitivity, relevance_fallback=relevance_fallback,
-        verify_each=verify_each, dump=dump,
+        verify_each=verify_each, dump=dump, plan=plan,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())

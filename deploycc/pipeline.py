@@ -19,10 +19,12 @@ from deploycc.core.formats import FORMATS, FP16, INT8, SIMULATIONS
 from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, write_manifest
+from deploycc.quant.cost import estimate_all
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 from deploycc.quant.islands import islands_of
 from deploycc.quant.paper import analyse_simulation
 from deploycc.quant.paper_reparameterize import DEFAULT, parse_reparameterization
+from deploycc.quant.reapply import check_fit
 from deploycc.quant.rescale import find_rescales
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
@@ -63,7 +65,7 @@ def build(request: BuildRequest, watch: Watcher | None = None) -> tuple[BuildRep
 def _staged(job: Job, directory: BuildDirectory) -> list[str]:
     """Do the work and write the directory; return the bounds that were missed."""
     with job.stage("canonicalize"):
-        canonical = canonicalize(job)
+        canonical = _canonicalize(job)
     canonical, analysis = _analyse(job, canonical)
     with directory.staged() as folder:
         plan, lowered, misses = _guarded(job, canonical, analysis)
@@ -73,8 +75,24 @@ def _staged(job: Job, directory: BuildDirectory) -> list[str]:
     return misses
 
 
+def _canonicalize(job: Job) -> Artefact:
+    """Run the exact passes; a plan does not say whether something could be quantized when it was made, but its digest does."""
+    before = job.report.passes
+    first = canonicalize(job)
+    if job.plan is None or job.plan.model in ("", first.digest):
+        return first
+    passes, job.report.passes = job.report.passes, before
+    other = canonicalize(job, prepare=not job.formats)
+    if other.digest == job.plan.model:
+        return other
+    job.report.passes = passes
+    return first
+
+
 def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
     """Rescale where INT8 gains by it, and analyse the result; the digest in the plan is that of the graph before."""
+    if job.plan is not None:
+        return _reapply(job, canonical, job.plan)
     if job.request.precision in SIMULATIONS:
         return _simulate(job, canonical)
     digest, rescales = canonical.digest, {}
@@ -99,9 +117,20 @@ def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
         rescales=rescales,
         sensitivity=job.request.sensitivity,
         fallback=job.request.relevance_fallback,
+        overrides=job.overrides,
     )
     _report_analysis(job, analysis)
     return canonical, analysis
+
+
+def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, Analysis]:
+    """Take the decisions of a plan from a file: nothing is calibrated, scored or chosen again."""
+    check_fit(plan, canonical.model, digest=canonical.digest, at=f"--plan {job.request.plan}")
+    regions = tuple(a.region for a in plan.assignments)
+    analysis = Analysis(regions, plan.base, job.formats, job.targets[0], job.batch, canonical.digest, settled=plan)
+    analysis.costs = estimate_all(regions, job.targets[0], batch=job.batch)
+    _report_analysis(job, analysis)
+    return reparameterize(job, canonical, plan.rescales), analysis
 
 
 def _simulate(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
@@ -154,7 +183,7 @@ def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[Precisi
         job.report.guard.append(
             {"round": attempt, "regions": plan.count(), "average_bits": plan.average_bits(), "sqnr_db": worst, "missed": misses}
         )
-        if not _suspicious(job, plan, worst) and not misses:
+        if analysis.settled is not None or (not _suspicious(job, plan, worst) and not misses):
             break
         spent = sum(a.noise.get(a.format.name, 0.0) for a in plan.assignments)
         found = _find_islands(job, canonical, analysis) if _suspicious(job, plan, worst) else False
@@ -240,7 +269,8 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
             job.warn(text)
     report.model = _model_row(job)
     report.request = {
-        "precision": request.precision,
+        "precision": request.mode,
+        "regions": [[o.pattern, o.format.name] for o in job.overrides],
         "targets": [str(t) for t in job.targets],
         "budget": str(job.budget),
         "seed": request.seed,
@@ -261,6 +291,8 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
     (folder / "scores.json").write_text(analysis.scores_json())
     limits = {"profiles": report.model["profiles"], "timeout": request.timeout, "workspace": request.workspace}
     paths = {"model": str(request.model), "data": request.data, "eval": request.eval}
+    if request.plan is not None:
+        paths["plan"] = str(request.plan)
     write_manifest(folder, inputs=digests_of(job), options={**report.request, **limits}, paths=paths)
     write_reports(folder, report)
 
@@ -274,6 +306,7 @@ def digests_of(job: Job) -> dict[str, Any]:
         "weights": {name: digest_file(path) for name, path in sorted(files.items())},
         "calibration": job.calibration.digest,
         "evaluation": job.evaluation.digest if job.evaluation else None,
+        **({"plan": digest_file(job.request.plan)} if job.request.plan else {}),
     }
 
 

@@ -18,7 +18,7 @@ from deploycc.request import BuildRequest, Silent, Watcher, resolve
 DRIFTED = 3
 # Builders are not deterministic: the same program may differ by some bytes of layout.
 ENGINE_SIZE_SLACK = 0.01
-INPUTS = {"model": "model", "weights": "model", "calibration": "data", "evaluation": "eval"}
+INPUTS = {"model": "model", "weights": "model", "calibration": "data", "evaluation": "eval", "plan": "plan"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +73,18 @@ def _request(recorded: Mapping[str, Any], directory: Path) -> BuildRequest:
             f"the input {paths['model']} is missing", at=str(directory), fix="put it back, or run this where the build was run"
         )
     same = (
-        *("precision", "budget", "seed", "strict", "timeout", "workspace", "merge", "rescale", "reparam", "sensitivity"),
-        *("relevance_fallback", "verify_each"),
+        *("budget", "seed", "strict", "timeout", "workspace", "merge", "rescale", "reparam", "sensitivity", "relevance_fallback"),
+        "verify_each",
     )
+    decided = {"plan": _found(paths["plan"], directory)} if paths.get("plan") else {"precision": options["precision"]}
     return BuildRequest(
         model=model,
         data=_data(paths["data"], directory),
         eval=_data(paths["eval"], directory),
         targets=tuple(options["targets"]),
         shapes=tuple(options["profiles"]),
+        regions=tuple((pattern, name) for pattern, name in options["regions"]),
+        **decided,
         **{name: options[name] for name in same},
     )
 
@@ -96,7 +99,7 @@ def _data(spec: str | None, directory: Path) -> str | None:
 
 
 def _check_inputs(recorded: Mapping[str, Any], found: Mapping[str, Any], directory: Path) -> None:
-    changed = [name for name in INPUTS if recorded.get(name) != found[name]]
+    changed = [name for name in INPUTS if recorded.get(name) != found.get(name)]
     if changed:
         raise UsageError(
             f"these inputs have changed since the build: {', '.join(changed)}",

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
-import tomllib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deploycc import registry
+from deploycc.capability import formats_of_plan, formats_of_precision, formats_on_request, resolve_targets
+from deploycc.configuration import read_preprocessing, read_regions
+from deploycc.core.artefact import Artefact
 from deploycc.core.budget import Budget, parse_budget
+from deploycc.core.contract import SOUND
 from deploycc.core.data import Dataset, open_data
 from deploycc.core.errors import UsageError
-from deploycc.core.formats import BF16, FORMATS, FP16, FP32, SIMULATIONS, Format, parse_precision
+from deploycc.core.formats import SIMULATIONS, Format, parse_precision
+from deploycc.core.passes import run
+from deploycc.core.plan import PrecisionPlan
 from deploycc.core.report import BuildReport
 from deploycc.core.shapes import Profile, profiles_for
-from deploycc.core.target import Target, parse_target
 from deploycc.interop import load_model
 from deploycc.quant.methods import check_fallback, method_named
+from deploycc.quant.overrides import SECTION, Override, parse_overrides
 from deploycc.quant.paper_reparameterize import parse_reparameterization
 
 if TYPE_CHECKING:
@@ -27,8 +32,9 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from deploycc.core.artefact import Artefact
     from deploycc.core.backend import Executor
+    from deploycc.core.passes import PassRecord
+    from deploycc.core.target import Target
     from deploycc.instruments import Dump
 
 SYNTHETIC_SAMPLES = 32
@@ -89,6 +95,13 @@ class BuildRequest:
     relevance_fallback: str | None = None
     verify_each: bool = False
     dump: Path | None = None
+    plan: Path | None = None
+    regions: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def mode(self) -> str:
+        """Return what decides the precision: ``plan``, or the name of a precision."""
+        return "plan" if self.plan is not None else self.precision
 
     @property
     def directory(self) -> Path:
@@ -112,6 +125,8 @@ class Job:
     watch: Watcher
     report: BuildReport = field(default_factory=BuildReport)
     dump: Dump | None = None
+    overrides: tuple[Override, ...] = ()
+    plan: PrecisionPlan | None = None
     reference: Any = field(default_factory=lambda: registry.backend("onnxruntime"))
 
     @property
@@ -157,26 +172,37 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     _check_numbers(request)
     precision = parse_precision(request.precision)
     budget = parse_budget(request.budget)
-    targets = _targets(request.targets or ("onnxruntime",) * (precision in SIMULATIONS))
-    base, formats = _formats(precision, targets)
+    plan, overrides = _read_plan(request), _overrides(request)
+    simulated = precision in SIMULATIONS or (plan is not None and bool(plan.quantizers))
+    targets = resolve_targets(request.targets or ("onnxruntime",) * simulated)
+    base, formats = formats_of_plan(plan, targets, at=f"--plan {request.plan}") if plan else formats_of_precision(precision, targets)
+    formats = (*formats, *formats_on_request(overrides, formats, targets))
     _check_passes(request)
     _check_simulation(request, budget)
     watch.stage("load")
-    imported = load_model(request.model)
+    imported, records = _imported(request.model)
     inputs = imported.model.graph.inputs
     profiles, notes = profiles_for(inputs, request.shapes)
     calibration = _calibration_data(request, inputs, profiles)
     evaluation = _evaluation_data(request, budget, inputs, profiles)
-    job = Job(request, targets, base, formats, budget, imported, profiles, calibration, evaluation, watch)
+    job = Job(request, targets, base, formats, budget, imported, profiles, calibration, evaluation, watch, overrides=overrides, plan=plan)
+    job.report.passes = [asdict(record) for record in records if record.rewrites]
     job.report.seconds["load"] = time.perf_counter() - start
     for note in (*notes, *calibration.notes):
         job.warn(note)
-    if calibration.synthetic and (formats or precision in SIMULATIONS):
+    if calibration.synthetic and plan is None and (formats or precision in SIMULATIONS):
         job.warn(
             f"no calibration data: ranges come from {calibration.samples} synthetic samples, so the accuracy of the quantized model is "
             f"unknown; give --data, or put {request.model.stem}.calib.npz beside the model"
         )
     return job
+
+
+def _imported(path: Path) -> tuple[Artefact, list[PassRecord]]:
+    """Return the model of a file with the operators of others turned into ours, so that it can be executed, and what that took."""
+    artefact = load_model(path)
+    model, records = run(artefact.model, [cls() for _, cls in registry.passes("import")], contract=SOUND)
+    return (Artefact(model, artefact.stage) if any(r.rewrites for r in records) else artefact), records
 
 
 def _check_passes(request: BuildRequest) -> None:
@@ -228,59 +254,13 @@ def _check_numbers(request: BuildRequest) -> None:
             )
 
 
-def _targets(texts: Sequence[str]) -> tuple[Target, ...]:
-    chosen = [parse_target(text) for text in dict.fromkeys(texts)] or [_default_target()]
-    for target in chosen:
-        facts = registry.backend(target.backend).doctor()
-        if not facts.get("available"):
-            raise UsageError(
-                f"{target.backend} cannot build here: {facts.get('reason', 'it is not installed')}",
-                at=f"--target {target}",
-                fix="install it, run on a machine that has it, or use --target tensorrt-rtx, which needs no GPU",
-            )
-    return tuple(dict.fromkeys(registry.backend(t.backend).resolve(t) for t in chosen))
-
-
-def _default_target() -> Target:
-    """Return ``tensorrt`` where it imports and a GPU is there, else ``tensorrt-rtx``."""
-    facts = registry.backend("tensorrt").doctor()
-    return Target("tensorrt") if facts.get("available") else Target("tensorrt-rtx")
-
-
-def _formats(precision: str, targets: Sequence[Target]) -> tuple[Format, tuple[Format, ...]]:
-    """Return the base format and the quantized formats to choose from; refuse what a target lacks (rule X4)."""
-    backends = [(registry.backend(t.backend), t) for t in targets]
-    on_cpu = all(t.backend == "onnxruntime" for t in targets)
-    if precision in SIMULATIONS:
-        if not on_cpu:
-            raise UsageError(
-                "no engine computes in n bits: this precision is a simulation",
-                at=f"--precision {precision} --target {', '.join(str(t) for t in targets)}",
-                fix="use --target onnxruntime, or --precision mixed for an engine",
-            )
-        return FP32, ()
-    base = {"fp32": FP32, "fp16": FP16, "bf16": BF16}.get(precision, FP32 if on_cpu else FP16)
-    wanted = [base] if precision == "mixed" else [base, FORMATS[precision]]
-    for backend, target in backends:
-        for format in wanted:
-            if format not in backend.formats(target):
-                raise UsageError(
-                    backend.unsupported_reason(target, format),
-                    at=f"--precision {precision} --target {target}",
-                    fix="choose another precision or target; `deploycc doctor` lists what each target computes",
-                )
-    common = frozenset.intersection(*(b.formats(t) for b, t in backends))
-    quantized = tuple(f for f in FORMATS.values() if f.is_quantized and f in common)
-    return base, quantized if precision == "mixed" else tuple(f for f in quantized if f.name == precision)
-
-
 def _calibration_data(request: BuildRequest, inputs: Sequence[ir.Value], profiles: Sequence[Profile]) -> Dataset:
     beside = request.model.with_suffix(".calib.npz")
     spec = request.data or (str(beside) if beside.exists() else None)
     data = open_data(
         spec or f"synthetic:{SYNTHETIC_SAMPLES}", inputs, profiles, seed=request.seed, preprocessing=read_preprocessing(request.config)
     ).take(CALIBRATION_SAMPLES)
-    if data.synthetic and request.strict and request.precision not in WITHOUT_CALIBRATION:
+    if data.synthetic and request.strict and request.plan is None and request.precision not in WITHOUT_CALIBRATION:
         raise UsageError("there is no calibration data", at="--strict", fix=f"give --data, or put {beside.name} beside the model")
     return data
 
@@ -296,20 +276,21 @@ def _evaluation_data(request: BuildRequest, budget: Budget, inputs: Sequence[ir.
     return evaluation
 
 
-def read_preprocessing(config: Path | None) -> dict[str, Any] | None:
-    """Return the section [preprocessing] of the configuration file, or None when there is no file or no section.
-
-    Raises:
-        UsageError: when the file cannot be read, or holds what nothing reads.
-    """
-    if config is None:
+def _read_plan(request: BuildRequest) -> PrecisionPlan | None:
+    """Return the plan of ``--plan``; refuse it beside options that decide what it has decided."""
+    if request.plan is None:
         return None
+    at = f"--plan {request.plan}"
+    if request.precision != BuildRequest(request.model).precision or request.regions or read_regions(request.config):
+        raise UsageError("the plan says every precision already", at=at, fix="leave --precision and [regions] away, or edit the plan")
     try:
-        entries = tomllib.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{config} cannot be read: {error}", at="--config", fix="give a TOML file") from error
-    unknown = sorted(set(entries) - {"preprocessing"})
-    if unknown or not isinstance(entries.get("preprocessing", {}), dict):
-        named = ", ".join(f"'{name}'" for name in unknown) or "'preprocessing' as a value"
-        raise UsageError(f"{config} has {named}, which nothing reads", at="--config", fix="its only section is [preprocessing]")
-    return entries.get("preprocessing")
+        return PrecisionPlan.from_json(request.plan.read_text(), at=str(request.plan))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the plan cannot be read: {error}", at=at, fix="give the plan.json of a build directory") from error
+
+
+def _overrides(request: BuildRequest) -> tuple[Override, ...]:
+    entries = dict(request.regions) or read_regions(request.config)
+    if entries and request.precision in SIMULATIONS:
+        raise UsageError("a simulation decides every layer itself", at=f"--config {SECTION}", fix=f"leave {SECTION} away")
+    return parse_overrides(entries, at=f"--config {request.config}" if request.config else "--config")

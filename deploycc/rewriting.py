@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 VERIFY_EACH_SAMPLES = 8
 
 
-def canonicalize(job: Job) -> Artefact:
-    """Run the exact passes: those of the phase ``canonicalize``, and of ``prepare`` where something may be quantized."""
-    phases = ("canonicalize", "prepare") if job.formats else ("canonicalize",)
+def canonicalize(job: Job, *, prepare: bool | None = None) -> Artefact:
+    """Run the exact passes: those of the phase ``canonicalize``, and of ``prepare`` where something may be quantized (or as said)."""
+    phases = ("canonicalize", "prepare") if prepare or (prepare is None and job.formats) else ("canonicalize",)
     chosen = [each for phase in phases for each in chosen_passes(job, phase)]
     model, records = run(job.imported.model, chosen, contract=CANONICAL, instruments=[*_verifiers(job), *_dumps(job)])
     _warn(job, records)
-    job.report.passes = [asdict(r) for r in records]
+    job.report.passes = [*job.report.passes, *(asdict(r) for r in records)]
     return Artefact(model, Stage.CANONICAL, job.imported)
 
 

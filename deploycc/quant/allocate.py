@@ -65,6 +65,7 @@ def allocate(
     latency: Costs,
     budget: Budget,
     noise_bound: float | None,
+    forced: Mapping[str, Format] | None = None,
 ) -> tuple[Assignment, ...]:
     """Return the optimal assignment.
 
@@ -76,13 +77,14 @@ def allocate(
         latency: estimated microseconds per region and format.
         budget: bounds on bits, size and latency.
         noise_bound: the largest sum of noise; None to minimise noise instead.
+        forced: regions whose format is decided already.
 
     Raises:
         BudgetError: when no assignment meets the bounds, saying what the best possible value is.
     """
     if not regions:
         return ()
-    choices = _choices(regions, formats, base, noise, latency)
+    choices = _choices(regions, formats, base, noise, latency, forced or {})
     bounds = _bounds(choices, regions, base, latency, budget, noise_bound)
     picked = _solve(choices, len(regions), bounds, minimise="latency" if noise_bound is not None else "noise")
     if picked is None:
@@ -117,10 +119,14 @@ def pareto_front(
     return front
 
 
-def _choices(regions: Sequence[Region], formats: Sequence[Format], base: Format, noise: Costs, latency: Costs) -> list[Choice]:
+def _choices(
+    regions: Sequence[Region], formats: Sequence[Format], base: Format, noise: Costs, latency: Costs, forced: Mapping[str, Format]
+) -> list[Choice]:
     found = []
     for i, region in enumerate(regions):
-        found.append(Choice(i, base, 0.0, latency[region.name][base.name], region.parameters * base.bits))
+        float_format = forced.get(region.name, base)
+        if not float_format.is_quantized:
+            found.append(Choice(i, float_format, 0.0, latency[region.name][float_format.name], region.parameters * float_format.bits))
         for format in formats:
             if format.name in region.formats:
                 found.append(

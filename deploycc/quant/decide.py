@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.formats import FORMATS, FP8, Format
@@ -18,6 +18,7 @@ from deploycc.quant.cost import estimate_all, machine_of
 from deploycc.quant.islands import decision_islands, sampling_islands
 from deploycc.quant.methods import Question, method_named
 from deploycc.quant.observers import clip_limit
+from deploycc.quant.overrides import Override, islands_of_overrides, settle
 from deploycc.quant.regions import partition
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Analysis:
     sensitivity: str = "sqnr"
     rescales: Mapping[str, Rescale] = field(default_factory=dict)
     settled: PrecisionPlan | None = None
+    forced: Mapping[str, Override] = field(default_factory=dict)
 
     @property
     def noise(self) -> Mapping[str, Mapping[str, float]]:
@@ -113,6 +115,7 @@ def analyse(
     rescales: Mapping[str, Rescale] | None = None,
     sensitivity: str = "sqnr",
     fallback: str | None = None,
+    overrides: Sequence[Override] = (),
 ) -> Analysis:
     """Partition and, where formats are to be inserted, calibrate; where they are to be chosen, score.
 
@@ -131,14 +134,19 @@ def analyse(
         rescales: what was done to the normalizations of ``model`` already, for the plan.
         sensitivity: how regions are scored, by name (``deploycc.quant.methods``).
         fallback: how relevance passes an operator without a rule: ``gradient``, or None to refuse.
+        overrides: what the user decided about regions.
 
     Raises:
-        UsageError: for an unknown sensitivity, or where the model cannot be scored by it.
+        UsageError: for an unknown sensitivity, where the model cannot be scored by it, or for an override that fits no region.
     """
     method = method_named(sensitivity)
-    analysis = Analysis(partition(model), base, tuple(formats), target, batch, digest, sensitivity=sensitivity, rescales=rescales or {})
+    regions, forced = settle(partition(model), overrides, base=base)
+    analysis = Analysis(
+        regions, base, tuple(formats), target, batch, digest, sensitivity=sensitivity, rescales=rescales or {}, forced=forced
+    )
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
+    analysis.islands |= islands_of_overrides(regions, forced, base=base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
     if formats:
         values = list(dict.fromkeys(v for r in eligible for v in (*r.activations, *r.residuals)))
@@ -201,14 +209,20 @@ def decide(analysis: Analysis, *, precision: str, budget: Budget, noise_bound: f
             latency=analysis.costs,
             budget=budget,
             noise_bound=noise_bound,
+            forced={name: override.format for name, override in analysis.forced.items()},
         )
     else:
         assignments = uniform(analysis.regions, FORMATS[precision], analysis.base, analysis.noise)
+    assignments = tuple(_overridden(a, analysis.forced.get(a.region.name)) for a in assignments)
     used = {(v, a.format.name) for a in assignments for v in (*a.region.activations, *a.region.residuals) if a.format.is_quantized}
     scales = {v: {f: s for f, s in by.items() if (v, f) in used} for v, by in analysis.scales.items()}
     return PrecisionPlan(
         analysis.base, assignments, {v: by for v, by in scales.items() if by}, dict(analysis.islands), analysis.digest, analysis.rescales
     )
+
+
+def _overridden(assignment: Assignment, override: Override | None) -> Assignment:
+    return assignment if override is None else replace(assignment, format=override.format, reason=override.reason, rules=())
 
 
 def first_noise_bound(budget: Budget) -> float | None:

@@ -17,11 +17,11 @@ import numpy as np
 
 from deploycc import __version__, registry
 from deploycc.backends.modelfile import copy_model
+from deploycc.configuration import read_preprocessing
 from deploycc.core.data import Dataset, open_data
 from deploycc.core.errors import BackendError, UsageError
 from deploycc.interop import load_model
 from deploycc.output import BuildDirectory, digest_file
-from deploycc.request import read_preprocessing
 from deploycc.serve import golden, portable
 from deploycc.serve.build import Build, BuiltEngine, read_build
 from deploycc.serve.golden import FP32_UNIT, TF32_UNIT, Golden
