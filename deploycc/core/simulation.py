@@ -100,8 +100,8 @@ def fit_uniform(values: np.ndarray, bits: int, *, axis: int | None = None) -> Un
     """
     rows = values.reshape(-1, 1) if axis is None else np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
     best, least = None, np.full(rows.shape[1], np.inf)
-    for percentile in PERCENTILES:
-        high, low = np.quantile(rows, [percentile, 1 - percentile], axis=0)
+    ends = np.quantile(rows, [*PERCENTILES, *(1 - p for p in PERCENTILES)], axis=0)
+    for high, low in zip(ends[: len(PERCENTILES)], ends[len(PERCENTILES) :], strict=True):
         scale, zero = _range(high, low, bits)
         error = np.sum((Uniform(bits, tuple(scale), tuple(zero)).apply(rows) - rows) ** 2, axis=0, dtype=np.float64)
         better = error < least
