@@ -56,6 +56,7 @@ class Analysis:
     sensitivity: str = "sqnr"
     rescales: Mapping[str, Rescale] = field(default_factory=dict)
     settled: PrecisionPlan | None = None
+    meaning: str = ""
     forced: Mapping[str, Override] = field(default_factory=dict)
 
     @property
@@ -87,7 +88,7 @@ class Analysis:
         body = {
             "schema": "deploycc.scores/2",
             "method": self.scores.method if self.scores else "none",
-            "meaning": method_named(self.sensitivity).meaning if self.scores else "",
+            "meaning": self.meaning or (method_named(self.sensitivity).meaning if self.scores else ""),
             "samples": self.scores.samples if self.scores else 0,
             "stability": _rounded(self.scores.stability) if self.scores else None,
             "regions": {name: {k: _rounded(v) for k, v in sorted(by.items())} for name, by in self.noise.items()},

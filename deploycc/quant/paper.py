@@ -67,6 +67,7 @@ def analyse_simulation(
     analysis = Analysis(regions, FP32, (), target, batch, digest, costs=estimate_all(regions, target, batch=batch))
     if precision.startswith("mp"):
         with stage("score"):
+            analysis.meaning = "positive part of gradient times relevance at the layer's input, over the mean of layers of its kind"
             analysis.scores = score_relevance(model, regions, places, data, progress=progress)
         assignments = relevance_bits(regions, places, base, {name: by["relevance"] for name, by in analysis.noise.items()})
     else:
