@@ -71,7 +71,7 @@ std::string sha256(const Bytes& data) {
 bool is_inside(const std::string& path) {
     if (path.empty() || path.size() > 1024 || path.find('\\') != std::string::npos || path.find('\0') != std::string::npos) return false;
     const fs::path parsed(path);
-    if (parsed.is_absolute() || parsed.lexically_normal() != parsed) return false;
+    if (parsed.is_absolute() || parsed.lexically_normal().string() != path) return false;
     for (const fs::path& part : parsed) {
         if (part.empty() || part == "." || part == "..") return false;
     }
