@@ -227,6 +227,8 @@ def bundle(
     labels: Annotated[Path | None, typer.Option(metavar="TXT", help="The names of the classes, one per line.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="TOML", help="deploycc.toml, whose section [preprocessing] is passed on.")] = None,
     plugin: Annotated[list[Path] | None, typer.Option(metavar="LIB", help="A plugin library that the engines need; repeat it.")] = None,
+    instances: Annotated[int, typer.Option(help="Triton: copies of the model per device.")] = 1,
+    cuda_graphs: Annotated[bool, typer.Option(help="Triton: let TensorRT replay CUDA graphs.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of synthetic golden inputs.")] = 0,
 ) -> None:
     """Bundle a build for serving: engines, ONNX fallbacks, golden inputs and outputs, and the hash of every file.
@@ -235,12 +237,16 @@ def bundle(
     """
     from deploycc.serve.bundle import BundleRequest
     from deploycc.serve.bundle import bundle as run_bundle
+    from deploycc.serve.triton import TritonOptions, write_repository
 
     request = BundleRequest(directory, out=out, data=data, labels=labels, config=config, plugins=tuple(plugin or ()), seed=seed)
     result = run_bundle(request)
+    models = write_repository(result, triton, TritonOptions(instances, cuda_graphs)) if triton is not None else []
     for note in result.notes:
         print(f"note: {note}")
     print(f"wrote {result.directory}: {', '.join(v['path'] for v in result.manifest['variants'])}")
+    for model in models:
+        print(f"wrote {model}")
 
 
 @app.command()
