@@ -65,7 +65,9 @@ def refused(run: Run) -> Callable[..., str]:
 def test_a_refusal_is_a_paragraph_and_an_exit_code_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deploycc.cli", "build", "nothing.onnx", "--precision", "int3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
-    text = "error: unknown precision 'int3'. Where: --precision. Fix: use one of fp32, fp16, bf16, int8, fp8, mixed.\n"
+    text = (
+        "error: unknown precision 'int3'. Where: --precision. Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6.\n"
+    )
     assert (done.returncode, done.stdout, done.stderr.lstrip()) == (2, "", text)
 
 
@@ -115,7 +117,7 @@ def test_option_of_the_wrong_type(refused: Callable[..., str]) -> None:
     [
         (
             ["--precision", "int3"],
-            "error: unknown precision 'int3'. Where: --precision. Fix: use one of fp32, fp16, bf16, int8, fp8, mixed.",
+            "error: unknown precision 'int3'. Where: --precision. Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6.",
         ),
         (
             ["--target", "openvino"],
@@ -220,7 +222,10 @@ def test_passes_lists_every_entry_point_with_its_summary(run: Run) -> None:
     lines = run("passes").out.splitlines()
     listed = {line.split()[1]: line.split(maxsplit=2) for line in lines}
     assert set(listed) == {point.name for point in entry_points(group="deploycc.passes")}
-    assert all(phase in {"canonicalize", "prepare", "reparameterize", "quantize", "lower"} and summary.endswith(".") for phase, _, summary in listed.values())
+    assert all(
+        phase in {"canonicalize", "prepare", "reparameterize", "quantize", "lower"} and summary.endswith(".")
+        for phase, _, summary in listed.values()
+    )
 
 
 def test_passes_long_prints_the_five_parts(run: Run) -> None:
