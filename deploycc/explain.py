@@ -28,7 +28,7 @@ def explain(directory: Path, node: str | None) -> str:
     report = _report(directory)
     if node is None:
         return "\n".join(_line(region) for region in report["regions"])
-    found = [r for r in report["regions"] if node in (r["name"], *r["nodes"]) or f"{r['source']}.".startswith(f"{node}.")]
+    found = [r for r in report["regions"] if _is_named(r, node)]
     notes = _pass_notes(report, node)
     if not found and not notes:
         names = ", ".join(r["source"] or r["name"] for r in report["regions"][:8])
@@ -38,6 +38,12 @@ def explain(directory: Path, node: str | None) -> str:
             fix=f"run `deploycc explain {directory}` for all regions; the first are {names}",
         )
     return "\n\n".join([*(_paragraph(r) for r in found), *notes])
+
+
+def _is_named(region: dict[str, Any], name: str) -> bool:
+    """Return whether ``name`` is the region, one of its nodes or Q/DQ nodes, a PyTorch module of it, or a parent of one."""
+    modules = [region["source"], *region.get("torch", ())]
+    return name in (region["name"], *region["nodes"], *region.get("qdq", ())) or any(f"{m}.".startswith(f"{name}.") for m in modules)
 
 
 def explain_passes(directory: Path) -> str:
@@ -97,8 +103,10 @@ def _line(region: dict[str, Any]) -> str:
 
 
 def _paragraph(region: dict[str, Any]) -> str:
-    lines = [f"{region['name']} ({region['kind']}) computes in {region['format']}", f"  PyTorch: {region['source'] or 'not recorded'}"]
+    modules = ", ".join(region.get("torch") or ([region["source"]] if region["source"] else ["not recorded"]))
+    lines = [f"{region['name']} ({region['kind']}) computes in {region['format']}", f"  PyTorch: {modules}"]
     lines.append(f"  nodes: {', '.join(region['nodes'])}")
+    lines.extend([f"  Q/DQ: {', '.join(region['qdq'])}"] if region.get("qdq") else [])
     lines.append(f"  why: {region['reason']}")
     lines.extend(f"  rule {rule}: {RULES[rule]}" for rule in region["rules"] if rule in RULES)
     for name, noise in region["noise"].items():

@@ -16,6 +16,7 @@ from deploycc import registry, reproducer
 from deploycc.core.backend import BuildOptions, Engine
 from deploycc.core.errors import BackendError, BudgetError, ContractError
 from deploycc.core.formats import FORMATS, FP16, INT8, SIMULATIONS
+from deploycc.core.identity import identities
 from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, write_manifest
@@ -71,7 +72,7 @@ def _staged(job: Job, directory: BuildDirectory) -> list[str]:
         plan, lowered, misses = _guarded(job, canonical, analysis)
         save_model(lowered.model, folder / "model.onnx")
         engines = _build_engines(job, folder)
-        _conclude(job, folder, plan, analysis, engines)
+        _conclude(job, folder, plan, lowered, analysis, engines)
     return misses
 
 
@@ -257,7 +258,7 @@ def _build_engines(job: Job, folder: Path) -> list[Engine]:
     return engines
 
 
-def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, engines: Sequence[Engine]) -> None:
+def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, analysis: Analysis, engines: Sequence[Engine]) -> None:
     """Fill the report and write every file of the build directory."""
     report, request = job.report, job.request
     wanted = FORMATS.get(request.precision, plan.base)
@@ -284,7 +285,7 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, analysis: Analysis, e
     }
     report.plan = analysis.summary(plan)
     report.engines = [_engine_row(e, folder) for e in engines]
-    report.regions = audit.region_rows(plan, findings)
+    report.regions = audit.region_rows(plan, findings, identities(plan, lowered.model))
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     report.peak_rss_mb = round(max(usage) / 1024, 1)
     (folder / "plan.json").write_text(plan.to_json())

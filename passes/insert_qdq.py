@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploycc.core.graph import add_initializer, constant, fresh_name, is_constant, taken_names
+from deploycc.core.identity import adopt_pairs
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
 from deploycc.core.placement import weight_axis
 from deploycc.core.quantizers import quantize_weight, scale_like
@@ -101,6 +102,7 @@ class _Writer:
             return False
         weight = constant(value)
         node.replace_input_with(i, self._activation(value, format) if weight is None else self._weight(node, value, weight, format))
+        adopt_pairs(node, i)
         return True
 
     def _activation(self, value: ir.Value, format: Format) -> ir.Value:

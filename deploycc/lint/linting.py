@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from deploycc import registry
+from deploycc.core.identity import scope_of
 from deploycc.core.rules import RULES
 from deploycc.core.target import parse_target
 from deploycc.interop import save_model
@@ -17,7 +18,6 @@ from deploycc.lint.findings import CHECKS, SEVERITIES, Check, Finding, Place
 from deploycc.lint.proof import proof
 from deploycc.lint.repair import repair
 from deploycc.lint.subject import Subject
-from deploycc.quant.regions import scope_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,6 @@ one value are tied into one region (P13), and an attention core (two products ar
 
 from __future__ import annotations
 
-import ast
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import numpy as np
 
 from deploycc.core.dimensions import dimensions
 from deploycc.core.graph import constant, is_constant, sole_consumer
+from deploycc.core.identity import scope_of
 from deploycc.core.plan import Region
 from deploycc.quant.eligibility import attention_formats, conv_formats, linear_formats
 
@@ -53,18 +53,6 @@ def partition(model: ir.Model) -> tuple[Region, ...]:
     ordered = [region for _, region in sorted(regions, key=lambda pair: pair[0])]
     batch = _static_batch(model.graph)
     return tuple(replace(r, macs=r.macs // batch, activation_elements=r.activation_elements // batch) for r in ordered)
-
-
-def scope_of(node: ir.Node) -> str:
-    """Return the PyTorch module path that an exporter recorded for ``node``, or an empty string."""
-    recorded = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    if not recorded:
-        return ""
-    try:
-        scopes = ast.literal_eval(recorded)
-    except (ValueError, SyntaxError):
-        return ""
-    return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:

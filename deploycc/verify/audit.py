@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from deploycc.core.backend import Engine
+    from deploycc.core.identity import Identity
     from deploycc.core.plan import Assignment, PrecisionPlan
 
 _WORDS = {
@@ -58,8 +59,10 @@ def warnings_of(findings: list[Finding], engine: Engine) -> list[str]:
     ]
 
 
-def region_rows(plan: PrecisionPlan, findings: Mapping[str, Sequence[Finding]]) -> list[dict[str, Any]]:
-    """Return one row per region for the report: the decision, its reason, its figures, and what each engine realised."""
+def region_rows(
+    plan: PrecisionPlan, findings: Mapping[str, Sequence[Finding]], known: Mapping[str, Identity] | None = None
+) -> list[dict[str, Any]]:
+    """Return one row per region for the report: the decision, its reason, who it is, its figures, and what each engine realised."""
     realised = {target: {f.region: f for f in found} for target, found in findings.items()}
     return [
         {
@@ -73,6 +76,7 @@ def region_rows(plan: PrecisionPlan, findings: Mapping[str, Sequence[Finding]]) 
             "parameters": a.region.parameters,
             "macs": a.region.macs,
             "nodes": list(a.region.nodes),
+            **({"torch": list(known[a.region.name].torch), "qdq": list(known[a.region.name].qdq)} if known else {}),
             "realised": {t: {"types": by[a.region.name].realised, "verdict": by[a.region.name].verdict} for t, by in realised.items()},
         }
         for a in plan.assignments

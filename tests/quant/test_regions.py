@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from small_graphs import graph, weight
 
-from deploycc.quant.regions import partition, scope_of
+from deploycc.core.identity import scope_of
+from deploycc.quant.regions import partition
 
 if TYPE_CHECKING:
     import onnx_ir as ir
