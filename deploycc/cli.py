@@ -112,6 +112,9 @@ def build(
             help="auto: move outlier channels behind LayerNorms into the next weights where INT8 gains by it (exact); off: never."
         ),
     ] = "auto",
+    rounding: Annotated[
+        str, typer.Option(help="auto: round weights together for the least error of their layer, given real data; nearest: one by one.")
+    ] = "auto",
     reparam: Annotated[
         str | None,
         typer.Option(
@@ -155,7 +158,7 @@ def build(
     request = BuildRequest(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
-        merge=merge, rescale=rescale, reparam=reparam, sensitivity=sensitivity, relevance_fallback=relevance_fallback,
+        merge=merge, rescale=rescale, rounding=rounding, reparam=reparam, sensitivity=sensitivity, relevance_fallback=relevance_fallback,
         verify_each=verify_each, dump=dump, plan=plan,
     )  # fmt: skip
     if quiet:

@@ -6,7 +6,7 @@ Every stage is a function from data to data; only ``_guarded`` loops, and at mos
 from __future__ import annotations
 
 import resource
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from deploycc.quant.paper import analyse_simulation
 from deploycc.quant.paper_reparameterize import DEFAULT, parse_reparameterization
 from deploycc.quant.reapply import check_fit
 from deploycc.quant.rescale import find_rescales
+from deploycc.quant.rounding import round_weights
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
 from deploycc.rewriting import canonicalize, lower, reparameterize
@@ -34,6 +35,8 @@ from deploycc.verify import accuracy, audit, numerics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
 
     from deploycc.core.artefact import Artefact
     from deploycc.core.plan import PrecisionPlan
@@ -168,7 +171,7 @@ def _report_analysis(job: Job, analysis: Analysis) -> None:
 def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[PrecisionPlan, Artefact, list[str]]:
     """Decide, quantize, lower and verify until the budget holds or the rounds are over; return what the last round missed."""
     bound = first_noise_bound(job.budget)
-    front = list(job.report.passes)
+    front, known = list(job.report.passes), {}  # type: ignore[var-annotated]
     for attempt in range(1, GUARD_ROUNDS + 1):
         with job.stage("quantize"):
             try:
@@ -177,7 +180,8 @@ def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[Precisi
                 if attempt == 1:
                     raise
                 break  # Nothing tighter fits the other bounds: the last round is the best there is.
-            lowered, records = lower(job, canonical, plan)
+            plan, weights = _round(job, canonical, plan, known)
+            lowered, records = lower(job, canonical, plan, weights)
             job.report.passes = front + records
         with job.stage("verify"):
             misses, worst = _verify(job, lowered)
@@ -198,6 +202,24 @@ def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[Precisi
             fix="use --precision bf16 or fp32, and report the model",
         )
     return plan, lowered, misses
+
+
+def _round(
+    job: Job, canonical: Artefact, plan: PrecisionPlan, known: dict[tuple[str, str], np.ndarray]
+) -> tuple[PrecisionPlan, dict[str, np.ndarray]]:
+    """Round weights for the outputs of their layers on real data; return the plan that says so, and the weights.
+
+    Synthetic samples say nothing about which inputs occur together, so without real data every weight goes to its nearest code.
+    """
+    data, is_asked = job.calibration, job.request.rounding == "auto" and (job.plan is None or bool(job.plan.rounded_on))
+    if data.synthetic or not is_asked or not any(a.format.is_quantized for a in plan.assignments):
+        if job.plan is not None and job.plan.rounded_on:
+            job.warn("the plan's weights were rounded for calibration data that is not given, so they go to their nearest codes")
+        return replace(plan, rounded_on=""), {}
+    if job.plan is not None and job.plan.rounded_on != data.digest:
+        job.warn("the plan's weights were rounded for other calibration data: the weights will differ from those of the build it is from")
+    found = round_weights(canonical.model, plan, data, reference=job.reference, batch=job.batch, known=known, progress=job.watch.progress)
+    return replace(plan, rounded_on=data.digest), found
 
 
 def _suspicious(job: Job, plan: PrecisionPlan, worst: float) -> bool:
@@ -278,6 +300,7 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
         "strict": request.strict,
         "merge": request.merge,
         "rescale": request.rescale,
+        "rounding": request.rounding,
         "reparam": request.reparam,
         "sensitivity": request.sensitivity,
         "relevance_fallback": request.relevance_fallback,

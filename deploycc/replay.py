@@ -73,7 +73,7 @@ def _request(recorded: Mapping[str, Any], directory: Path) -> BuildRequest:
             f"the input {paths['model']} is missing", at=str(directory), fix="put it back, or run this where the build was run"
         )
     same = (
-        *("budget", "seed", "strict", "timeout", "workspace", "merge", "rescale", "reparam", "sensitivity", "relevance_fallback"),
+        *("budget", "seed", "strict", "timeout", "workspace", "merge", "rescale", "rounding", "reparam", "sensitivity", "relevance_fallback"),
         "verify_each",
     )
     decided = {"plan": _found(paths["plan"], directory)} if paths.get("plan") else {"precision": options["precision"]}

@@ -42,6 +42,7 @@ CALIBRATION_SAMPLES = 512
 LONGEST = 30 * 86400.0
 MERGES = ("exact", "off", "all")
 RESCALES = ("auto", "off")
+ROUNDINGS = ("auto", "nearest")
 WITHOUT_CALIBRATION = frozenset({"fp32", "fp16", "bf16"})
 
 
@@ -90,6 +91,7 @@ class BuildRequest:
     workspace: int | None = None
     merge: str = "exact"
     rescale: str = "auto"
+    rounding: str = "auto"
     reparam: str | None = None
     sensitivity: str = "sqnr"
     relevance_fallback: str | None = None
@@ -209,6 +211,8 @@ def _check_passes(request: BuildRequest) -> None:
     """Refuse an unknown way of merging, and a place for graphs that holds other things or is about to be replaced."""
     if request.merge not in MERGES:
         raise UsageError(f"unknown way of merging '{request.merge}'", at="--merge", fix=f"use one of {', '.join(MERGES)}")
+    if request.rounding not in ROUNDINGS:
+        raise UsageError(f"unknown way of rounding '{request.rounding}'", at="--rounding", fix=f"use one of {', '.join(ROUNDINGS)}")
     if request.rescale not in RESCALES:
         raise UsageError(f"unknown way of rescaling '{request.rescale}'", at="--rescale", fix=f"use one of {', '.join(RESCALES)}")
     method_named(request.sensitivity)

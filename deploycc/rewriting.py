@@ -15,6 +15,8 @@ from deploycc.instruments import Dump, VerifyEach, executable, random_feeds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
+
     from deploycc.core.passes import Instrument, Pass, PassRecord
     from deploycc.core.plan import PrecisionPlan
     from deploycc.core.rescaling import Rescale
@@ -43,10 +45,11 @@ def reparameterize(job: Job, canonical: Artefact, rescales: Mapping[str, Rescale
     return Artefact(model, Stage.CANONICAL, canonical)
 
 
-def lower(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, list[dict[str, Any]]]:
+def lower(job: Job, canonical: Artefact, plan: PrecisionPlan, weights: Mapping[str, np.ndarray]) -> tuple[Artefact, list[dict[str, Any]]]:
     """Insert the precision that ``plan`` asks for, and lower for the target; return the graph and what the report says of the passes."""
     watchers = _dumps(job)
-    quantized, records = run(canonical.model, chosen_passes(job, "quantize", plan=plan), contract=QUANTIZED, instruments=watchers)
+    chosen = chosen_passes(job, "quantize", plan=plan, weights=weights)
+    quantized, records = run(canonical.model, chosen, contract=QUANTIZED, instruments=watchers)
     lowered, more = run(quantized, chosen_passes(job, "lower"), contract=LOWERED, instruments=watchers)
     _warn(job, [*records, *more])
     middle = Artefact(quantized, Stage.QUANTIZED, canonical)
@@ -54,13 +57,13 @@ def lower(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact,
 
 
 def chosen_passes(job: Job, phase: str, **options: Any) -> list[Pass]:
-    """Return the passes of a phase; a pass gets ``merge``, ``arch`` and ``batch`` where it has a field of that name."""
+    """Return the passes of a phase; a pass gets ``options``, ``merge``, ``arch`` and ``batch`` where it has a field of that name."""
     target = job.targets[0]
-    offered = {"merge": job.request.merge, "batch": job.batch, **({"arch": target.archs[0]} if target.archs else {})}
+    offered = {"merge": job.request.merge, "batch": job.batch, **({"arch": target.archs[0]} if target.archs else {}), **options}
     chosen: list[Pass] = []
     for _, cls in registry.passes(phase):
         fields = {f.name for f in registry.options(cls)}
-        chosen.append(cls(**options, **{name: value for name, value in offered.items() if name in fields}))
+        chosen.append(cls(**{name: value for name, value in offered.items() if name in fields}))
     return chosen
 
 

@@ -43,7 +43,7 @@ class InsertQdq:
 
     plan: PrecisionPlan = field(repr=False)
     phase: ClassVar[Phase] = "quantize"
-    after: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ("round-weights",)
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Edit ``model``; see the class."""

@@ -29,7 +29,8 @@ FASHION = Path(__file__).parent.parent / "examples" / "fashion"
 CONVOLUTIONS = [f"node_conv2d{suffix}" for suffix in ("", *(f"_{i}" for i in range(1, 9)))]
 AMPERE, ADA = "tensorrt-rtx:sm_80", "tensorrt-rtx:sm_89"
 FILES = {"model.onnx", "plan.json", "scores.json", "report.json", "report.md", "report.html", "manifest.json", "engines"}
-PASS_OPTIONS = {"merge": "exact", "rescale": "auto", "reparam": None, "verify_each": False}
+PASS_OPTIONS = {"merge": "exact", "rescale": "auto", "rounding": "auto", "reparam": None, "verify_each": False}
+PASS_OPTIONS |= {"sensitivity": "sqnr", "relevance_fallback": None, "regions": []}
 SAME_BYTES = ("model.onnx", "plan.json", "scores.json", "manifest.json")
 # In decibels, each with a few to spare; FP16 has 11 bits of precision, BF16 has 8, and INT8 and FP8 lose more.
 EXPECTED_SQNR = {"fp32": 100, "fp16": 55, "bf16": 36, "int8": 30, "fp8": 28, "mixed": 35}

@@ -221,6 +221,7 @@ class TestBuild:
             "strict": False,
             "merge": "all",
             "rescale": "auto",
+            "rounding": "auto",
             "reparam": None,
             "sensitivity": "sqnr",
             "relevance_fallback": None,

@@ -112,11 +112,12 @@ def _with_probes(model: ir.Model, sites: Sequence[Site], rows: int) -> tuple[ir.
         value, size = values[site.value.name], len(site.value.shape or ())
         others = [a for a in range(size) if a != site.axis]
         axes = add_initializer(graph, f"channels_{i}_axes", np.array(others, np.int64))
-        by_attribute = graph.opset_imports.get("", 0) < 18
         outputs = []
         for op in ("ReduceMin", "ReduceMax"):
-            inputs, attributes = ([value], {"axes": others, "keepdims": 0}) if by_attribute else ([value, axes], {"keepdims": 0})
-            outputs.append(_appended(graph, ir.node(op, inputs, attributes), f"channels_{i}_{op}"))
+            node = ir.node(op, [value, axes], {"keepdims": 0})
+            if graph.opset_imports.get("", 0) < 18:
+                node = ir.node(op, [value], {"keepdims": 0, "axes": others})
+            outputs.append(_appended(graph, node, f"channels_{i}_{op}"))
         last = value
         if site.axis != size - 1:
             last = _appended(graph, ir.node("Transpose", [value], {"perm": [*others, site.axis]}), f"channels_{i}_last")
