@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from deploycc.core.report import BuildReport
 
 FASHION = Path(__file__).parent.parent / "examples" / "fashion"
+BENCHMARK = FASHION.parent.parent / "benchmarks" / "lrp_qvit.py"
 # The export of the example names its products so; the last is the classifier.
 EDGES = {"node_conv2d", "node_conv2d_1", "node_conv2d_2", "node_linear_16"}
 
@@ -145,3 +148,16 @@ class TestRefusals:
 
     def test_an_unknown_reparameterization(self, tmp_path: Path) -> None:
         assert refusal(tmp_path, "w4a4", reparam="smooth").fix == "use layer, channel, repq, crl or crl:K with K above 0"
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_tables(tmp_path: Path) -> None:
+    kept = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARK), "swin", "--draws", "1", "--images", "100", "--keep", str(kept)]
+    for _ in range(2):  # The second run takes the figures from the file.
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        rows = [line for line in done.stdout.splitlines() if line.startswith("| swin | ")]
+        assert len(rows) == 4
+        assert "| layer < repq | +35.86 | " in done.stdout
+    assert set(json.loads(kept.read_text())["swin"]) >= {"fp32", "four", "three", "planted"}
