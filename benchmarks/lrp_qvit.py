@@ -8,7 +8,8 @@
 Models: examples/vision_transformers (a DeiT and a Swin in miniature) and the vision transformer of examples/fashion, all trained on
 Fashion-MNIST. A draw takes its 32 images from the 256 training images that ship with the examples. ``planted`` is the same model with
 four channels of every normalization made 20 times larger and the weights behind them as much smaller: the same function, with the
-outliers that DeiT-S is known for and networks of this size do not grow by themselves.
+outliers that DeiT-S is known for and networks of this size do not grow by themselves. ``reversed`` is mp4 with the order of relevance
+turned round: the most relevant layers are lowered.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ FASHION = ROOT / "examples" / "fashion"
 LADDER = ("layer", "channel", "repq", "crl")
 # LRP-QViT, Table 3, DeiT-S on ImageNet at W4/A4; the FP32 accuracy is timm's.
 PAPER = {"fp32": 79.85, "layer": 33.17, "channel": 70.28, "repq": 69.03, "crl": 70.78, "mp4": 72.43}
-CLAIMS = (("layer", "repq"), ("repq", "crl"), ("channel", "crl"), ("crl", "mp4"))
+MIXED = ("mp4", "reversed")
+CLAIMS = (("layer", "repq"), ("repq", "crl"), ("channel", "crl"), ("crl", "mp4"), ("reversed", "mp4"))
 PLANTED_CHANNELS, PLANTED_FACTOR = 4, 20.0
 CHUNK = 100
 Figures = dict[str, list[float]]
@@ -151,6 +153,8 @@ def measure(of: Subject, data: Sequence[Dataset], bits: int, *, mixed: bool, sho
             scores = score_relevance(of.canonical.model, of.regions, of.places, draw, progress=lambda done, total: None)
             relevance = {name: by["relevance"] for name, by in scores.noise.items()}
             plans["mp4"] = (relevance_bits(of.regions, of.places, bits, relevance), "crl")
+            opposite = {name: -value for name, value in relevance.items()}
+            plans["reversed"] = (relevance_bits(of.regions, of.places, bits, opposite), "crl")
         for name, (assignments, way) in plans.items():
             accuracy, sqnr = simulated(of, draw, assignments, way)
             points.setdefault(name, []).append(accuracy)
@@ -181,7 +185,8 @@ def claims(results: Mapping[str, Sequence[Figures]]) -> list[str]:
         for points, decibels in results.values():
             by_points, by_decibels = ([b - a for a, b in zip(figures[low], figures[high], strict=True)] for figures in (points, decibels))
             cells.append(f"{shown(by_points)}; {shown(by_decibels)} dB: {verdict(by_points, by_decibels)}")
-        lines.append(f"| {low} < {high} | {PAPER[high] - PAPER[low]:+.2f} | " + " | ".join(cells) + " |")
+        published = f"{PAPER[high] - PAPER[low]:+.2f}" if low in PAPER else ""
+        lines.append(f"| {low} < {high} | {published} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -210,8 +215,8 @@ def figures_of(name: str, count: int, images: int, show: Callable[[str], None]) 
 
 def report(results: Mapping[str, Any]) -> list[str]:
     """Return the markdown of every model's figures."""
-    ways, any_result = (*LADDER, "mp4"), next(iter(results.values()))
-    paper = {"paper: DeiT-S, ImageNet": (PAPER["fp32"], {way: [PAPER[way]] for way in ways})}
+    ways, any_result = (*LADDER, *MIXED), next(iter(results.values()))
+    paper = {"paper: DeiT-S, ImageNet": (PAPER["fp32"], {way: [PAPER[way]] for way in ways if way in PAPER})}
     points = {part: {n: (r["fp32"], r[part][0]) for n, r in results.items()} for part in ("four", "three", "planted")}
     decibels = {n: (None, r["four"][1]) for n, r in results.items()}
     minutes = sum(r["minutes"] for r in results.values())
