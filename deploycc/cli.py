@@ -253,6 +253,35 @@ def bundle(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A model or a build directory: the reference.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another form of the same model.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="As for build; with labels, the accuracy of both. Default: MODEL.calib.npz, or synthetic.")
+    ] = None,
+    target: Annotated[str, typer.Option(metavar="T", help="Whose times are estimated; default tensorrt-rtx.")] = "",
+    config: Annotated[Path | None, typer.Option(metavar="TOML", help="As for build: [preprocessing] for directories of images.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of synthetic data.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+) -> None:
+    """Compare two models or builds: outputs, layers where names match, formats of regions, size and estimated time.
+
+    Examples:
+        deploycc compare vit.onnx vit.deploycc --data eval.npz
+
+        deploycc compare int8.deploycc mixed.deploycc
+    """
+    from rich.console import Console
+
+    from deploycc.compare import compare as run_compare
+    from deploycc.render import LiveView
+
+    with LiveView(Console(stderr=True)) as view:
+        compared = run_compare(a, b, data=data, target=target, config=config, seed=seed, watch=view)
+    print(compared.to_json() if json else compared, end="" if json else "\n")
+
+
+@app.command()
 def lint(
     model: Annotated[Path | None, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file, quantized by anybody.")] = None,
     target: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,8 @@ from deploycc import reproducer
 from deploycc.core.errors import BackendError, BudgetError, UsageError
 from deploycc.output import HASHED, digest_file, is_build, is_reproducer
 from deploycc.pipeline import build, digests_of
-from deploycc.request import BuildRequest, Silent, Watcher, resolve
+from deploycc.recorded import read_json, request_of
+from deploycc.request import Silent, Watcher, resolve
 
 DRIFTED = 3
 # Builders are not deterministic: the same program may differ by some bytes of layout.
@@ -44,9 +44,9 @@ def replay(directory: Path, watch: Watcher | None = None) -> Verdict:
 
 
 def _replay_build(directory: Path, watch: Watcher) -> Verdict:
-    recorded = _read(directory, "manifest.json")
+    recorded = read_json(directory, "manifest.json")
     with tempfile.TemporaryDirectory(prefix="deploycc-replay-") as scratch:
-        request = replace(_request(recorded, directory), out=Path(scratch, "build"))
+        request = replace(request_of(directory), out=Path(scratch, "build"))
         _check_inputs(recorded["inputs"], digests_of(resolve(request, Silent())), directory)
         try:
             build(request, watch)
@@ -55,47 +55,9 @@ def _replay_build(directory: Path, watch: Watcher) -> Verdict:
                 raise
             watch.warn(error.what)
         drifted = [*_outputs(directory, request.directory), *_engines(directory, request.directory)]
-        notes = _differences("version of", recorded["versions"], _read(request.directory, "manifest.json")["versions"])
+        notes = _differences("version of", recorded["versions"], read_json(request.directory, "manifest.json")["versions"])
     lines = drifted or ["identical: model.onnx, plan.json and scores.json have the same bytes, the engines the same size and operations"]
     return Verdict("\n".join([*lines, *notes]), DRIFTED if drifted else 0)
-
-
-def _request(recorded: Mapping[str, Any], directory: Path) -> BuildRequest:
-    """Return the request of a manifest; inputs are looked for as they were given, then beside the build directory."""
-    options, paths = recorded["options"], recorded.get("paths")
-    if not paths:
-        raise UsageError(
-            "the manifest does not say where the inputs lay", at=str(directory), fix="build again with this version of deploycc"
-        )
-    model = _found(paths["model"], directory)
-    if not model.exists():
-        raise UsageError(
-            f"the input {paths['model']} is missing", at=str(directory), fix="put it back, or run this where the build was run"
-        )
-    same = (
-        *("budget", "seed", "strict", "timeout", "workspace", "merge", "rescale", "rounding", "reparam", "sensitivity", "relevance_fallback"),
-        "verify_each",
-    )
-    decided = {"plan": _found(paths["plan"], directory)} if paths.get("plan") else {"precision": options["precision"]}
-    return BuildRequest(
-        model=model,
-        data=_data(paths["data"], directory),
-        eval=_data(paths["eval"], directory),
-        targets=tuple(options["targets"]),
-        shapes=tuple(options["profiles"]),
-        regions=tuple((pattern, name) for pattern, name in options["regions"]),
-        **decided,
-        **{name: options[name] for name in same},
-    )
-
-
-def _found(path: str, directory: Path) -> Path:
-    beside = directory.resolve().parent / path
-    return beside if not Path(path).exists() and beside.exists() else Path(path)
-
-
-def _data(spec: str | None, directory: Path) -> str | None:
-    return spec if spec is None or spec.startswith("synthetic:") else str(_found(spec, directory))
 
 
 def _check_inputs(recorded: Mapping[str, Any], found: Mapping[str, Any], directory: Path) -> None:
@@ -117,14 +79,14 @@ def _outputs(old: Path, new: Path) -> list[str]:
 def _detail(name: str, old: Path, new: Path) -> str:
     if name != "plan.json" or not (old / name).exists():
         return ""
-    formats = [{r["name"]: r["format"] for r in _read(folder, name)["regions"]} for folder in (old, new)]
+    formats = [{r["name"]: r["format"] for r in read_json(folder, name)["regions"]} for folder in (old, new)]
     moved = [f"{region} {was} -> {formats[1].get(region, 'none')}" for region, was in formats[0].items() if formats[1].get(region) != was]
     return f" ({len(moved)} regions in another format{': ' if moved else ''}{', '.join(moved[:5])})"
 
 
 def _engines(old: Path, new: Path) -> list[str]:
     """Return which engines differ in their operations, or in size by more than a builder's whim."""
-    before, after = ({e["target"]: e for e in _read(folder, "report.json")["engines"]} for folder in (old, new))
+    before, after = ({e["target"]: e for e in read_json(folder, "report.json")["engines"]} for folder in (old, new))
     found = [f"drifted: no engine for {target} this time" for target in before if target not in after]
     for target, engine in before.items():
         again = after.get(target, engine)
@@ -138,10 +100,3 @@ def _engines(old: Path, new: Path) -> list[str]:
 def _differences(what: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     names = sorted({*recorded, *found})
     return [f"{what} {n}: recorded {recorded.get(n, 'none')}, now {found.get(n, 'none')}" for n in names if recorded.get(n) != found.get(n)]
-
-
-def _read(directory: Path, name: str) -> Any:
-    try:
-        return json.loads((directory / name).read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{name} cannot be read ({error})", at=str(directory), fix="build again; the directory is damaged") from error
