@@ -101,8 +101,9 @@ class _Writer:
         weight, axis = constant(value), weight_axis(anchor)
         if weight is None:
             raise TypeError(f"'{value.name}' holds no data")
-        quantizer = fit_uniform(weight, format.bits, axis=axis)
-        return add_initializer(self.graph, fresh_name(f"{value.name}_{format}", self.value_names), quantizer.apply(weight, axis=axis))
+        wide = weight.astype(np.float32)
+        rounded = fit_uniform(wide, format.bits, axis=axis).apply(wide, axis=axis)
+        return add_initializer(self.graph, fresh_name(f"{value.name}_{format}", self.value_names), rounded.astype(weight.dtype))
 
     def _activation(self, value: ir.Value, format: Format) -> ir.Value:
         quantizer = self._quantizer(value, format)

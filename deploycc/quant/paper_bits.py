@@ -31,12 +31,20 @@ class Place:
 
 
 def places_of(regions: Sequence[Region], kinds: Mapping[str, str]) -> dict[str, Place]:
-    """Return the place of every region; one attention core makes a block. Without any, the first and the last region are edges."""
-    cores, blocks = -1, {}
+    """Return the place of every region; one attention core makes a block. Without any, the first and the last region are edges.
+
+    What is no layer of a block by its kind, or the second of its kind there (an MLP as head), stands outside.
+    """
+    cores = -1
+    blocks: dict[str, int | None] = {}
+    taken: set[tuple[str, int]] = set()
     for region in regions:
         kind = kinds[region.name]
         cores += kind == "attention"
-        blocks[region.name] = cores + (kind == "qkv") if kind in KINDS else None
+        block = cores + (kind == "qkv")
+        is_layer = kind in KINDS and block >= 0 and (kind == "qkv" or (kind, block) not in taken)
+        blocks[region.name] = block if is_layer else None
+        taken.add((kind, block))
     inside = [i for i, region in enumerate(regions) if blocks[region.name] is not None]
     first, last = (inside[0], inside[-1]) if inside else (1, len(regions) - 2)
     return {r.name: Place(kinds[r.name], blocks[r.name], not first <= i <= last) for i, r in enumerate(regions)}
@@ -69,7 +77,7 @@ def relevance_bits(
                 break
             bits[region.name] = base - 1
             owed -= _weight(region)
-    reasons = {base: "its relevance keeps the base", base + 1: "the first two blocks get one bit more"}
+    reasons = {base: f"it keeps the {base} bits of most layers", base + 1: "the first two blocks get one bit more"}
     found = []
     for region in regions:
         chosen = bits.get(region.name, base)

@@ -40,6 +40,18 @@ class TestPlaces:
         places = places_of(regions, {r.name: "conv" for r in regions})
         assert [places[r.name].is_edge for r in regions] == [True, False, False, True]
 
+    def test_an_mlp_without_attention_is_no_block(self) -> None:
+        kinds = {"c0": "conv", "c1": "conv", "f1": "fc1", "f2": "fc2"}
+        places = places_of(tuple(Region(name, kind, (), (), ()) for name, kind in kinds.items()), kinds)
+        assert [(p.block, p.is_edge) for p in places.values()] == [(None, True), (None, False), (None, False), (None, True)]
+
+    def test_an_mlp_behind_the_last_block_is_the_head(self) -> None:
+        regions, kinds = network(4, 4)
+        head = [Region("h1", "linear", (), (), ()), Region("h2", "linear", (), (), ())]
+        places = places_of((*regions[:-1], *head), kinds | {"h1": "fc1", "h2": "fc2"})
+        assert [(places[h].block, places[h].is_edge) for h in ("h1", "h2")] == [(None, True), (None, True)]
+        assert places["fc21"].block == 1
+
 
 @pytest.mark.parametrize("base", [4, 6])
 def test_uniform(base: int) -> None:
