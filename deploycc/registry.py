@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PASSES, BACKENDS, PLUGINS = "deploycc.passes", "deploycc.backends", "deploycc.plugins"
-PHASES = ("canonicalize", "prepare", "reparameterize", "quantize", "lower")
+PHASES = ("import", "canonicalize", "prepare", "reparameterize", "quantize", "lower")
 
 
 def entries(group: str) -> dict[str, EntryPoint]:

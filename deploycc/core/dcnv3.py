@@ -171,9 +171,20 @@ def make_node(inputs: Sequence[ir.Value], what: DCNv3, *, name: str | None, oper
     return ir.Node(DOMAIN, operator, inputs, what.attributes(operator=operator), num_outputs=1, name=name)
 
 
+def replace_attributes(node: ir.Node, what: DCNv3) -> None:
+    """Give ``node`` the attributes of ``what``."""
+    node.attributes.update((attr.name, attr) for attr in what.attributes(operator=node.op_type))
+
+
 def provide_functions(model: ir.Model) -> None:
-    """Give the model the body of every form of the operator that it uses, and drop those that it does not."""
-    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if is_dcnv3(node)}
+    """Give the model the body of every form of the operator that it uses, and drop those that it does not.
+
+    Attributes that a node lacks are written out: not every runtime knows defaults of functions.
+    """
+    nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if is_dcnv3(node)]
+    for node in nodes:
+        replace_attributes(node, attributes_of(node))
+    used = {node.op_type for node in nodes}
     for key in [key for key in model.functions if key[0] == DOMAIN and key[1] in OPERATORS and key[1] not in used]:
         del model.functions[key]
     if not used:

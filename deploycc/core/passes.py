@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-Phase = Literal["canonicalize", "prepare", "reparameterize", "quantize", "lower"]
+Phase = Literal["import", "canonicalize", "prepare", "reparameterize", "quantize", "lower"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import defs
 
-from deploycc.core.contract import OWN_DOMAINS, STANDARD_DOMAINS
+from deploycc.core.contract import IMPORTABLE, OWN_DOMAINS, STANDARD_DOMAINS
 from deploycc.core.errors import UsageError
 from deploycc.core.graph import constant
 from deploycc.interop.opsets import NEWEST, OLDEST
@@ -127,7 +127,7 @@ def _expand(start: FunctionId, bodies: Mapping[FunctionId, onnx.FunctionProto], 
 
 
 def _check_operator(node: onnx.NodeProto, version: int, local: set[tuple[str, str]], path: Path) -> None:
-    if (node.domain, node.op_type) in local or node.domain in OWN_DOMAINS:
+    if (node.domain, node.op_type) in local | IMPORTABLE or node.domain in OWN_DOMAINS:
         return
     at = f"{anchor(node)} of '{path}'"
     if node.domain not in STANDARD_DOMAINS:

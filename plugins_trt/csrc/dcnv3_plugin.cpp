@@ -144,7 +144,7 @@ std::int32_t Dcnv3Plugin::configurePlugin(const DynamicPluginTensorDesc* in, std
             return std::string(getPluginName()) + " has " + std::to_string(inputs()) + " inputs and one output";
         }
         const auto& dims = in[0].desc.dims;
-        Type type;
+        Type type = Type::kFloat;
         if (dims.nbDims != 4 || dims.d[3] < 1 || dims.d[3] % attributes_.group || !type_of(in[0].desc.type, type)) {
             return "x must be [N, H, W, C] with a known C that is a multiple of the group";
         }
@@ -294,7 +294,7 @@ std::int32_t Dcnv3Plugin::enqueue(const PluginTensorDesc* in, const PluginTensor
         if (auto error = problem_of(in, out[0], data, outputs[0], tactic, problem); !error.empty()) {
             return error;
         }
-        Type x, offset, mask;
+        Type x = Type::kFloat, offset = x, mask = x;
         type_of(in[0].type, x), type_of(in[1].type, offset), type_of(in[2].type, mask);
         return launch(problem, x, offset, mask, tactic, stream);
     });

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from deploycc.core.contract import CANONICAL
+from deploycc.core.dcnv3 import provide_functions
 from deploycc.core.passes import Pass, PassRecord, run
 
 if TYPE_CHECKING:
@@ -17,10 +18,18 @@ if TYPE_CHECKING:
 
 
 def graph(text: str, *, opset: int = 20) -> ir.Model:
-    """Parse ``(inputs) => (outputs) <initializers> { nodes }``, name each node after its output, and infer the shapes."""
-    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": {opset}]> g {text}')
+    """Parse ``(inputs) => (outputs) <initializers> { nodes }``, name each node after its output, and infer the shapes.
+
+    Nodes may be of the domains deploycc, whose functions are added, and mmdeploy.
+    """
+    domains = "".join(f', "{domain}": 1' for domain in ("deploycc", "mmdeploy") if f"{domain}." in text)
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": {opset}{domains}]> g {text}')
     for node in proto.graph.node:
         node.name = node.name or f"n_{node.output[0]}"
+    if domains:
+        model = ir.serde.deserialize_model(proto)
+        provide_functions(model)
+        proto = ir.serde.serialize_model(model)
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto, data_prop=True))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 
 import numpy as np
+from dcnv3_fragments import decomposed, deformable
 from hypothesis import assume
 from hypothesis import strategies as st
 from merge_fragments import MERGEABLE, bordered, convolutions, layers, padded, parallel, scaled, shared
@@ -302,12 +303,16 @@ TOWARD = {
     "fold-border": bordered,
     "fold-layerscale": scaled,
     "fold-pad": padded,
+    "fuse-dcnv3-center": deformable,
+    "fuse-dcnv3-projections": deformable,
+    "fuse-dcnv3-softmax": deformable,
     "fuse-layernorm": layernorm,
     "fuse-softmax": softmax,
     "lower-shared-kernel": shared,
     "merge-branches": parallel,
     "merge-convolutions": convolutions,
     "merge-linears": layers,
+    "raise-dcnv3": decomposed,
 }
 
 

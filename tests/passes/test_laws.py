@@ -61,7 +61,7 @@ def in_float64(model: ir.Model) -> ir.Model:
         if value.const_value is not None and value.dtype == ir.DataType.FLOAT:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float64), name=value.name)
             value.type = ir.TensorType(ir.DataType.DOUBLE)
-    for node in wide.graph:
+    for node in (*wide.graph, *(n for function in wide.functions.values() for n in function)):
         if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.DOUBLE))
     return wide

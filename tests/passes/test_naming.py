@@ -20,6 +20,8 @@ VERBS = {
     "reparameterize",
     "replace",
     "decompose",
+    "import",
+    "raise",
 }
 PARTS = ["Why:", "Before / After:", "Declines when:", "Options:", "See:"]
 OWN = [e for e in entry_points(group="deploycc.passes") if e.value.startswith("passes.")]
