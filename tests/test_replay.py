@@ -225,6 +225,7 @@ class TestBuild:
             "reparam": None,
             "sensitivity": "sqnr",
             "relevance_fallback": None,
+            "regions": [],
             "verify_each": True,
             "timeout": None,
             "workspace": None,
