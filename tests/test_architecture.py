@@ -127,7 +127,7 @@ def commands_in(path: Path) -> Iterator[tuple[str, list[str]]]:
         for span in [line] if not line.startswith(("|", "-")) else re.findall(r"`([^`]*)`", line):
             for command, rest in re.findall(r"\bdeploycc ([a-z]+)\b((?:[^`&]|`(?=\w))*)", span):
                 if command in options_of() or rest.lstrip().startswith("--") or f"`deploycc {command}" in line:
-                    yield command, re.findall(r"(?<![\w-])--[a-z]+", rest)
+                    yield command, re.findall(r"(?<![\w-])--[a-z-]+", rest)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)

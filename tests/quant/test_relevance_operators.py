@@ -70,6 +70,9 @@ CASES = {
     "dropout": "a = Dropout(x) y = Identity(a)",
     "shape-arithmetic": "s = Shape(x) i = Constant<value_ints=[0]>() n = Gather(s, i) m = Constant<value_ints=[-1]>() "
     "t = Concat<axis=0>(n, m) y = Reshape(x, t)",
+    "scalars": "s = Shape(x) i = Constant<value_int=1>() n = Gather(s, i) t = Div(n, i) "
+    "u = Unsqueeze(t, first) v = Squeeze(u) w = Unsqueeze(v, first) e = Concat<axis=0>(w, seven) "
+    "r = Cast<to=1>(v) y0 = Expand(r, e) y = Add(x, y0)",
     "range": "a = Constant<value_float=0.0>() b = Constant<value_float=7.0>() c = Constant<value_float=1.0>() "
     "r = Range(a, b, c) y = Add(x, r)",
     "resize-nearest": 'y = Resize<mode="nearest",coordinate_transformation_mode="asymmetric",nearest_mode="floor">(x, , scales)',
@@ -104,6 +107,8 @@ CONSTANTS = {
     "rest": np.array([4, 2, 7]),
     "scales": np.array([1, 1, 2, 3], np.float32),
     "sizes": np.array([2, 4, 9, 4]),
+    "first": np.array([0]),
+    "seven": np.array([6, 7]),
     "grid": random(2, 3, 5, 2) * 0.8,
 }
 

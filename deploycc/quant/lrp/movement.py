@@ -99,7 +99,7 @@ def _gather(node: ir.Node, inputs: Inputs) -> Tensor:
     axis = int_attribute(node, "axis", 0) % x.ndim
     index = torch.where(index < 0, index + x.shape[axis], index)
     taken = x.index_select(axis, index.reshape(-1))
-    return taken.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return taken.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
 
 @operator("GatherElements")
