@@ -107,8 +107,9 @@ def _write(request: BundleRequest, build: Build, folder: Path) -> Bundled:
         "preprocessing": read_preprocessing(request.config),
     }
     manifest["files"] = _hashes(folder)
-    (folder / "bundle.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    return Bundled(folder, manifest, notes)
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    (folder / "bundle.json").write_text(text)
+    return Bundled(folder, json.loads(text), notes)
 
 
 def _golden_inputs(request: BundleRequest, build: Build, interface: Interface) -> tuple[dict[str, np.ndarray], str]:

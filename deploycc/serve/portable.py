@@ -58,13 +58,14 @@ def widened(model: ir.Model) -> ir.Model:
             _bypass(node)
     for value in _values(model):
         if value.dtype in NARROW:
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)  # The clone shares its types with the original.
             if value.const_value is not None:
                 value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
     for node in _nodes(model):
         _widen_attributes(node)
         if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype == node.outputs[0].dtype == ir.DataType.FLOAT:
             _make_identity(node, node.inputs[0])
+        _state_kernel(node)
     for tidy in (common.IdentityEliminationPass(), common.RemoveUnusedNodesPass()):
         tidy(model)
     return model
@@ -129,6 +130,13 @@ def _widen_attributes(node: ir.Node) -> None:
             node.attributes[name] = ir.AttrTensor(name, ir.Tensor(attribute.value.numpy().astype(np.float32)))
         elif node.op_type == "Cast" and name == "to" and ir.DataType(attribute.value) in NARROW:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+
+
+def _state_kernel(node: ir.Node) -> None:
+    """Write the kernel's size into a convolution, which ONNX leaves to the weight's shape and old runtimes do not."""
+    weight = node.inputs[1] if node.op_type in {"Conv", "ConvTranspose"} else None
+    if weight is not None and weight.shape is not None and "kernel_shape" not in node.attributes:
+        node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", [int(d) for d in weight.shape[2:] if isinstance(d, int)])
 
 
 def _nodes(model: ir.Model) -> list[ir.Node]:
