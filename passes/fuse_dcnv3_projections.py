@@ -22,10 +22,10 @@ class FuseDcnv3Projections:
 
     Before / After:
         ``DCNv3(x, Add(MatMul(q, Wo), bo), Add(MatMul(q, Wm), bm))`` / ``DCNv3<record=1>(x, r, r)`` with ``r = Add(MatMul(q, W), b)``,
-        the columns of ``W`` and ``b`` in the order [group][2 K offsets, K masks, zeros]
+        the columns of ``W`` and ``b`` in the order [group][2 K offsets, K masks, zeros]; a bias may be absent
 
     Declines when:
-        SOURCE: the two projections read different values, or one is no product with constant weight and bias.
+        SOURCE: the two projections read different values, or one is no product with a constant weight.
         MULTI_CONSUMER: something else reads the offsets or the masks.
         MASK: the masks are probabilities computed by something else than a projection.
 
@@ -47,9 +47,9 @@ class FuseDcnv3Projections:
 
 @dataclass(frozen=True, slots=True)
 class _Projection:
-    """source weight + bias, by the nodes MatMul and Add."""
+    """source weight + bias, by the nodes MatMul and, where there is a bias, Add."""
 
-    nodes: tuple[ir.Node, ir.Node]
+    nodes: tuple[ir.Node, ...]
     source: ir.Value
     weight: np.ndarray
     bias: np.ndarray
@@ -64,15 +64,15 @@ def _fuse(node: ir.Node, what: DCNv3, taken: set[str]) -> Rewrite | Decline | No
     offset, mask = (_projection(node.inputs[i]) for i in (OFFSET, MASK))
     if offset is None or mask is None or offset.source is not mask.source:
         return Decline(name, "SOURCE", "offsets and masks are not two projections of one value")
-    if any(sole_consumer(each.nodes[1].outputs[0]) is not node for each in (offset, mask)):
+    if any(sole_consumer(each.nodes[-1].outputs[0]) is not node for each in (offset, mask)):
         return Decline(name, "MULTI_CONSUMER", "something else reads the offsets or the masks")
-    weight, bias = (_records(what, getattr(offset, part), getattr(mask, part)) for part in ("weight", "bias"))
-    record = _project(node, offset, weight, bias, taken)
+    record = _project(node, (offset, mask), what, taken)
     node.replace_input_with(OFFSET, record)
     node.replace_input_with(MASK, record)
     replace_attributes(node, replace(what, record=1))
     remove_dead_nodes(_graph(node), [*offset.nodes, *mask.nodes])
-    return Rewrite(name, f"'{offset.nodes[0].name}' and '{mask.nodes[0].name}' became one product of {weight.shape[-1]} columns")
+    columns = what.group * what.record_width
+    return Rewrite(name, f"'{offset.nodes[0].name}' and '{mask.nodes[0].name}' became one product of {columns} columns")
 
 
 def _is_softmax(value: ir.Value | None) -> bool:
@@ -83,18 +83,22 @@ def _is_softmax(value: ir.Value | None) -> bool:
 
 
 def _projection(value: ir.Value | None) -> _Projection | None:
-    """Return the product with a constant weight and bias that makes ``value``, or None."""
-    add = value.producer() if value is not None else None
-    if add is None or add.op_type != "Add":
-        return None
-    for product, shift in (add.inputs, add.inputs[::-1]):
+    """Return the product with a constant weight, and the constant bias behind it, that makes ``value``, or None."""
+    last = value.producer() if value is not None else None
+    if last is None or last.op_type == "MatMul":
+        return None if last is None else _linear((last,), np.float32(0))
+    for product, shift in (last.inputs, last.inputs[::-1]) if last.op_type == "Add" else ():
         bias, linear = constant(shift), product.producer() if product is not None else None
-        if bias is None or linear is None or linear.op_type != "MatMul" or sole_consumer(linear.outputs[0]) is not add:
-            continue
-        weight, source = constant(linear.inputs[1]), linear.inputs[0]
-        if weight is not None and weight.ndim == 2 and bias.shape == weight.shape[1:] and source is not None:
-            return _Projection((linear, add), source, weight, bias)
+        if bias is not None and linear is not None and linear.op_type == "MatMul" and sole_consumer(linear.outputs[0]) is last:
+            return _linear((linear, last), bias)
     return None
+
+
+def _linear(nodes: tuple[ir.Node, ...], bias: np.ndarray | np.float32) -> _Projection | None:
+    weight, source = constant(nodes[0].inputs[1]), nodes[0].inputs[0]
+    if weight is None or weight.ndim != 2 or source is None or bias.shape not in ((), weight.shape[1:]):
+        return None
+    return _Projection(nodes, source, weight, np.broadcast_to(bias, weight.shape[1:]).astype(weight.dtype))
 
 
 def _records(what: DCNv3, offset: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -105,19 +109,23 @@ def _records(what: DCNv3, offset: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=-1).reshape(*head, -1)
 
 
-def _project(node: ir.Node, like: _Projection, weight: np.ndarray, bias: np.ndarray, taken: set[str]) -> ir.Value:
+def _project(node: ir.Node, parts: tuple[_Projection, _Projection], what: DCNv3, taken: set[str]) -> ir.Value:
     """Write the joint projection before ``node`` and return its result."""
     graph, stem = _graph(node), f"{node.name}_record"
-    held = [add_initializer(graph, fresh_name(f"{stem}_{n}", taken), a) for n, a in (("weight", weight), ("bias", bias))]
-    product = ir.node("MatMul", [like.source, held[0]], name=f"{stem}_MatMul")
-    shifted = ir.node("Add", [product.outputs[0], held[1]], name=f"{stem}_Add")
-    for made, old in zip((product, shifted), like.nodes, strict=True):
-        source = old.outputs[0]
-        made.outputs[0].name, made.outputs[0].type = fresh_name(f"{made.name}_out", taken), source.type
-        made.outputs[0].shape = None if source.shape is None else ir.Shape([*source.shape[:-1], weight.shape[1]])
-        inherit_metadata(made, [old])
+    weight, bias = (_records(what, *(getattr(part, name) for part in parts)) for name in ("weight", "bias"))
+    like = parts[0].nodes[0]
+    value = parts[0].source
+    for operator, array in (("MatMul", weight), ("Add", bias)):
+        if operator == "Add" and not bias.any():
+            break
+        held = add_initializer(graph, fresh_name(f"{stem}_{operator}_constant", taken), array)
+        made = ir.node(operator, [value, held], name=f"{stem}_{operator}")
+        value, shape = made.outputs[0], like.outputs[0].shape
+        value.name, value.type = fresh_name(f"{made.name}_out", taken), like.outputs[0].type
+        value.shape = None if shape is None else ir.Shape([*shape[:-1], weight.shape[1]])
+        inherit_metadata(made, [like])
         graph.insert_before(node, made)
-    return shifted.outputs[0]
+    return value
 
 
 def _graph(node: ir.Node) -> ir.Graph:

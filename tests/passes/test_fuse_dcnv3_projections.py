@@ -46,6 +46,20 @@ def test_the_columns_of_a_group_are_offsets_then_masks_then_zeros() -> None:
     assert not weight[..., 27:].any()
 
 
+@pytest.mark.parametrize(
+    ("body", "operations"),
+    [
+        ("o = MatMul(q, ow) m = MatMul(q, mw)", ["MatMul", "DCNv3"]),
+        ("o = MatMul(q, ow) mp = MatMul(q, mw) m = Add(mb, mp)", ["MatMul", "Add", "DCNv3"]),
+    ],
+)
+def test_a_bias_may_be_absent(body: str, operations: list[str]) -> None:
+    before = layer(body)
+    after = apply(before, FUSE)
+    assert operators(after) == operations
+    assert_close(before, after, (2, 4, 5, 8), (2, 4, 5, 8), roundings=256)
+
+
 def test_declines_source() -> None:
     assert codes(layer(BODY.replace("MatMul(q, mw)", "MatMul(x, mw)")), FUSE) == ["SOURCE"]
     assert codes(layer(BODY.replace("op = MatMul(q, ow)", "qw = Neg(ow) op = MatMul(q, qw)")), FUSE) == ["SOURCE"]
