@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from deploycc import registry, reproducer
-from deploycc.core.backend import BuildOptions, Engine
+from deploycc import reproducer
+from deploycc.building import build_engines
 from deploycc.core.errors import BackendError, BudgetError, ContractError
 from deploycc.core.formats import FORMATS, FP16, INT8, SIMULATIONS
 from deploycc.core.identity import identities
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from deploycc.core.artefact import Artefact
+    from deploycc.core.backend import Engine
     from deploycc.core.plan import PrecisionPlan
     from deploycc.core.report import BuildReport
 
@@ -74,7 +75,7 @@ def _staged(job: Job, directory: BuildDirectory) -> list[str]:
     with directory.staged() as folder:
         plan, lowered, misses = _guarded(job, canonical, analysis)
         save_model(lowered.model, folder / "model.onnx")
-        engines = _build_engines(job, folder)
+        engines = build_engines(job, folder)
         _conclude(job, folder, plan, lowered, analysis, engines)
     return misses
 
@@ -258,26 +259,6 @@ def _verify(job: Job, lowered: Artefact) -> tuple[list[str], float]:
         if job.budget.accuracy_drop is not None and result.drop > job.budget.accuracy_drop:
             misses.append(f"{metric} fell by {result.drop:.2f} points, the budget allows {job.budget.accuracy_drop:g}")
     return misses, worst
-
-
-def _build_engines(job: Job, folder: Path) -> list[Engine]:
-    """Build one engine per target; a failure is recorded and does not lose the others."""
-    engines: list[Engine] = []
-    (folder / "engines").mkdir()
-    options = BuildOptions(job.request.timeout, job.request.workspace)
-    for target in job.targets:
-        suffix = ".onnx" if target.backend == "onnxruntime" else ".engine"
-        with job.stage(f"build {target}"):
-            try:
-                backend = registry.backend(target.backend)
-                out = folder / "engines" / f"{target.slug}{suffix}"
-                engines.append(backend.build(folder / "model.onnx", target, out=out, profiles=job.profiles, options=options))
-            except BackendError as error:
-                # A reproducer lies in the temporary folder, which is about to take the name of the build directory.
-                fix = error.fix.replace(str(folder), str(job.request.directory.resolve()))
-                job.report.failures.append({"target": str(target), "what": error.what, "at": error.at, "fix": fix})
-                job.warn(f"{target}: {error.what}")
-    return engines
 
 
 def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, analysis: Analysis, engines: Sequence[Engine]) -> None:

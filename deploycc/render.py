@@ -31,6 +31,7 @@ class LiveView:
         )
         self.bars = Progress(*columns, console=console, transient=False)
         self.task: TaskID | None = None
+        self.beside: dict[str, TaskID] = {}
 
     def __enter__(self) -> LiveView:
         self.bars.start()
@@ -49,6 +50,17 @@ class LiveView:
         """Move the current bar."""
         if self.task is not None:
             self.bars.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+
+    def begin(self, name: str) -> None:
+        """Add a bar that runs beside others, in place of the current one."""
+        self._finish()
+        self.beside[name] = self.bars.add_task(name, total=None, count="")
+
+    def end(self, name: str) -> None:
+        """Complete a bar that ran beside others."""
+        task = self.beside.pop(name)
+        self.bars.update(task, total=1, completed=1)
+        self.bars.stop_task(task)
 
     def warn(self, text: str) -> None:
         """Print a warning above the bars."""

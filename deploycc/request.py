@@ -55,6 +55,12 @@ class Watcher(Protocol):
     def progress(self, done: int, total: int) -> None:
         """Report progress within the stage."""
 
+    def begin(self, name: str) -> None:
+        """Begin a stage that runs beside others; may come from any thread."""
+
+    def end(self, name: str) -> None:
+        """End a stage that ran beside others."""
+
     def warn(self, text: str) -> None:
         """Show a warning."""
 
@@ -66,6 +72,12 @@ class Silent:
         """Ignore it."""
 
     def progress(self, done: int, total: int) -> None:
+        """Ignore it."""
+
+    def begin(self, name: str) -> None:
+        """Ignore it."""
+
+    def end(self, name: str) -> None:
         """Ignore it."""
 
     def warn(self, text: str) -> None:
@@ -156,6 +168,17 @@ class Job:
             yield
         finally:
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def stage_beside(self, name: str) -> Iterator[None]:
+        """Show a stage that runs at the same time as others, and add its time to the report."""
+        self.watch.begin(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[name] = time.perf_counter() - start
+            self.watch.end(name)
 
     def warn(self, text: str) -> None:
         """Put a warning on the screen and in the report, once."""

@@ -34,6 +34,15 @@ class ChildTimedOut(ChildError):
     """The child was killed after its time was up."""
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def kill_running() -> None:
+    """Kill every child of this process: an interrupt reaches the main thread only, and calls may wait in others."""
+    for process in list(_running):
+        process.kill()
+
+
 def call(entry: str, request: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
     """Call ``entry(request)`` in a fresh interpreter and return its result.
 
@@ -59,6 +68,7 @@ def call(entry: str, request: Mapping[str, Any], *, timeout: float) -> dict[str,
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
+            _running.add(process)
             try:
                 code = process.wait(timeout)
             except subprocess.TimeoutExpired:
@@ -67,6 +77,7 @@ def call(entry: str, request: Mapping[str, Any], *, timeout: float) -> dict[str,
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+                _running.discard(process)
         return _result(code, exchange.with_suffix(".out"), _tail(log))
 
 

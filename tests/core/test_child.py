@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from deploycc.core.child import ChildCrashed, ChildError, ChildTimedOut, call
+from deploycc.core.child import ChildCrashed, ChildError, ChildTimedOut, call, kill_running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,3 +83,16 @@ def test_an_unknown_entry_is_an_error(entry: str, kind: str) -> None:
     with pytest.raises(ChildError) as caught:
         call(entry, {}, timeout=30)
     assert caught.value.kind == kind
+
+
+def test_children_that_other_threads_wait_for_can_be_killed(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(run, "hang", pid=str(tmp_path / name)) for name in "ab"]
+        while not all((tmp_path / name).exists() for name in "ab"):
+            time.sleep(0.02)
+        kill_running()
+        for each in waiting:
+            with pytest.raises(ChildCrashed, match="SIGKILL"):
+                each.result(10)
