@@ -37,7 +37,7 @@ from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.rules import propagator, ruled_functions
 from deploycc.quant.lrp.scoring import batch_of
 from deploycc.quant.lrp.tape import record, walk
-from deploycc.quant.lrp.targets import chosen, explained_value
+from deploycc.quant.lrp.targets import chosen, explained_values, seeds
 from deploycc.quant.regions import partition
 from deploycc.quant.relevance import MEMORY, Relevance, measure_relevance
 
@@ -88,10 +88,9 @@ def forward(program: Program, feeds: Feeds) -> None:
 
 def sweep(program: Program, feeds: Feeds) -> None:
     """Record a batch and walk it back with gradients and relevance."""
-    target = explained_value(program.graph)
-    tape = record(program, feeds, keep=[target])
-    weights = chosen(tape.kept[target], None)
-    walk(tape, target, gradient=weights, relevance=weights, propagate=propagator(), visit=lambda passage: None)
+    tape = record(program, feeds, keep=explained_values(program.graph))
+    weights = seeds(tape.kept, None, chosen)
+    walk(tape, gradient=weights, relevance=weights, propagate=propagator(), visit=lambda passage: None)
 
 
 def timed(work: Callable[[Program, Feeds], None], program: Program, feeds: Feeds) -> float:

@@ -91,6 +91,7 @@ class Analysis:
             "meaning": self.meaning or (method_named(self.sensitivity).meaning if self.scores else ""),
             "samples": self.scores.samples if self.scores else 0,
             "stability": _rounded(self.scores.stability) if self.scores else None,
+            "agreement": [[count, _rounded(value)] for count, value in (self.scores.agreement if self.scores else ())],
             "regions": {name: {k: _rounded(v) for k, v in sorted(by.items())} for name, by in self.noise.items()},
             "evidence": {
                 name: {"mean": _rounded(e.mean), "stderr": _rounded(e.stderr), "samples": e.samples}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploycc.core.errors import UsageError
-from deploycc.quant.ranks import spearman, standard_error
+from deploycc.quant.ranks import agreement_of, standard_error
 from deploycc.quant.relevance import MEMORY, Relevance, measure_relevance
 from deploycc.quant.roles import layers_of
 from deploycc.quant.sensitivity import DIVERGENCE, Evidence, Scales, Scores, measure_noise, measure_whole, quantized_operands
@@ -128,7 +128,7 @@ def _lrp(question: Question) -> Scores:
     )
     raw = _weighted_ratios(question, found, noise)
     evidence = {r.name: _relevance_evidence(found, r.name) for r in question.regions}
-    return Scores("lrp", found.samples, time.perf_counter() - start, _anchored(question, raw), evidence, found.stability)
+    return Scores("lrp", found.samples, time.perf_counter() - start, _anchored(question, raw), evidence, found.agreement)
 
 
 @method("fisher", "mean squared gradient of the loss times the energy of this region's own error; as a share of the whole noise", sweeps=6)
@@ -153,7 +153,7 @@ def _hybrid(question: Question) -> Scores:
     measured, relevant = _sqnr(question), _lrp(question)
     raw = {r: {f: math.sqrt(s * relevant.noise[r][f]) for f, s in by.items()} for r, by in measured.noise.items()}
     seconds = measured.seconds + relevant.seconds
-    return Scores("hybrid", relevant.samples, seconds, _anchored(question, raw), relevant.evidence, relevant.stability)
+    return Scores("hybrid", relevant.samples, seconds, _anchored(question, raw), relevant.evidence, relevant.agreement)
 
 
 def _measured(question: Question, *, divergence: bool = False) -> Scores:
@@ -234,7 +234,7 @@ def _by_energy(question: Question, name: str, seed: Seed) -> Scores:
     }
     columns = [[names.index(n) for n in own[r.name]] for r in question.regions]
     per_region = np.stack([rows[:, c].sum(axis=1) for c in columns], axis=1)
-    errors, halves = standard_error(per_region), [per_region[i::2].mean(axis=0) for i in (0, 1)]
+    errors = standard_error(per_region)
     evidence = {r.name: Evidence(float(per_region[:, i].mean()), float(errors[i]), len(rows)) for i, r in enumerate(question.regions)}
-    seconds, stability = time.perf_counter() - start, spearman(*halves) if len(rows) > 1 else None
-    return Scores(name, len(rows), seconds, _anchored(question, raw), evidence, stability)
+    seconds = time.perf_counter() - start
+    return Scores(name, len(rows), seconds, _anchored(question, raw), evidence, agreement_of(per_region))

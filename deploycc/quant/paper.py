@@ -97,4 +97,4 @@ def score_relevance(
         )
     found = measure_relevance(model, regions, data, progress=progress)
     noise = {r.name: {"relevance": found.of(r.name)} for r in regions}
-    return Scores("relevance", found.samples, found.seconds, noise, stability=found.stability)
+    return Scores("relevance", found.samples, found.seconds, noise, agreement=found.agreement)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploycc.core.errors import UsageError
-from deploycc.quant.ranks import spearman, standard_error
+from deploycc.quant.ranks import CHECKPOINTS, Order, agreement, agreement_of, standard_error
 from deploycc.quant.roles import Layer, layers_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 MEMORY = 2**30
 STABLE = 0.95
-CHECKPOINTS: tuple[int, ...] = tuple(2**k * base for k in range(3, 24) for base in (2, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +49,21 @@ class LayerRelevance:
 
 @dataclass(frozen=True)
 class Relevance:
-    """Every layer's relevance. ``stability`` is the Spearman correlation of the layers' order between two halves of the samples."""
+    """Every layer's relevance, and how well two halves of the samples agree on the order of the layers.
+
+    ``agreement`` has pairs of a number of samples and the Spearman correlation between the odd and the even ones among them.
+    """
 
     layers: tuple[LayerRelevance, ...]
     samples: int
     seconds: float
-    stability: float | None
+    agreement: tuple[tuple[int, float], ...]
     stopped_early: bool
+
+    @property
+    def stability(self) -> float | None:
+        """Return the agreement over all samples, None where there is too little to compare."""
+        return self.agreement[-1][1] if self.agreement else None
 
     def of(self, region: str) -> float:
         """Return the type-normalised relevance of a region: the mean over its layers."""
@@ -108,8 +115,8 @@ def measure_relevance(
                 progress(data.samples, data.samples)
                 break
     rows = table.rows[:stop]
-    figures, stability = _figures(rows, table.sizes, layers), _stability(rows, table.sizes, layers)
-    return Relevance(figures, len(rows), time.perf_counter() - start, stability, stop is not None)
+    figures, agreed = _figures(rows, table.sizes, layers), agreement_of(rows, _order(table.sizes, layers))
+    return Relevance(figures, len(rows), time.perf_counter() - start, agreed, stop is not None)
 
 
 @dataclass
@@ -181,14 +188,11 @@ def _normalised(means: np.ndarray, sizes: np.ndarray, layers: Sequence[Layer]) -
     return result
 
 
-def _stability(rows: np.ndarray, sizes: np.ndarray, layers: Sequence[Layer]) -> float | None:
-    """Return how well the order within kinds agrees between the odd and the even samples; kinds of one layer say nothing."""
+def _order(sizes: np.ndarray, layers: Sequence[Layer]) -> Order:
+    """Return what puts layers in order within their kinds; kinds of one layer say nothing."""
     kinds = [layer.kind for layer in layers]
     several = [i for i, kind in enumerate(kinds) if kinds.count(kind) > 1]
-    if len(rows) < 2:
-        return None
-    halves = [_normalised(rows[start::2].mean(axis=0), sizes, layers)[several] for start in (0, 1)]
-    return spearman(*halves)
+    return lambda means: _normalised(means, sizes, layers)[several]
 
 
 def _stable_count(table: _Table, layers: Sequence[Layer], stable: float | None) -> int | None:
@@ -200,8 +204,8 @@ def _stable_count(table: _Table, layers: Sequence[Layer], stable: float | None) 
     for count in CHECKPOINTS:
         if stable is None or count > len(table.rows):
             return None
-        agreement = _stability(table.rows[:count], table.sizes, layers)
-        now = agreement is not None and agreement >= stable
+        agreed = agreement(table.rows[:count], _order(table.sizes, layers))
+        now = agreed is not None and agreed >= stable
         if now and before:
             return count
         before = now

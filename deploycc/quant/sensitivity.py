@@ -50,8 +50,8 @@ class Evidence:
 class Scores:
     """Noise per region and format, with the method, the number of samples and, where samples were scored singly, the evidence.
 
-    ``noise`` is a noise-to-signal ratio at the outputs, measured or estimated. ``stability`` is the rank correlation of the regions
-    between two halves of the samples.
+    ``noise`` is a noise-to-signal ratio at the outputs, measured or estimated. ``agreement`` has pairs of a number of samples and the
+    rank correlation of the regions between two halves of them.
     """
 
     method: str
@@ -59,7 +59,12 @@ class Scores:
     seconds: float
     noise: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
-    stability: float | None = None
+    agreement: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def stability(self) -> float | None:
+        """Return the agreement over all samples, None where it is not known."""
+        return self.agreement[-1][1] if self.agreement else None
 
     def score(self, region: str, format: str) -> float:
         """Return the noise of ``region`` in ``format``."""

@@ -102,6 +102,9 @@ def test_sweeps_say_how_sure_they_are(tmp_path: Path, name: str) -> None:
     asked = question(tmp_path, chain(), (INT8,), x=random(12, 32))
     scores = method_named(name).score(asked)
     assert set(scores.evidence) == {r.name for r in asked.regions}
+    # Relevance is ordered within kinds, and there are not three layers of a kind here.
+    assert [count for count, _ in scores.agreement] == ([12] if name in {"fisher", "hessian"} else [])
+    assert scores.stability == (scores.agreement[-1][1] if scores.agreement else None)
     assert all(e.samples == 12 and e.mean > 0 and 0 < e.stderr < 2 * e.mean for e in scores.evidence.values())
 
 

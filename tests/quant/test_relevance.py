@@ -19,8 +19,8 @@ from deploycc.core.passes import run
 from deploycc.interop import load_model
 from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.scoring import batch_of
-from deploycc.quant.lrp.targets import chosen, curvature_probe, explained_value, loss_gradient
-from deploycc.quant.ranks import spearman, standard_error
+from deploycc.quant.lrp.targets import chosen, curvature_probe, explained_values, loss_gradient, seeds
+from deploycc.quant.ranks import agreement_of, spearman, standard_error
 from deploycc.quant.regions import partition
 from deploycc.quant.relevance import Relevance, measure_relevance
 from deploycc.quant.roles import kinds_of
@@ -215,6 +215,7 @@ def test_it_stops_when_the_order_is_stable(vit: ir.Model) -> None:
     assert means(early[0]) == pytest.approx(means(early[1]), rel=0.05)
     assert early[0].stability is not None
     assert early[0].stability >= 0.8
+    assert [count for count, _ in early[0].agreement] == [16, 24]
     never = measure_relevance(vit, regions, data, stable=None)
     assert (never.samples, never.stopped_early) == (32, False)
 
@@ -235,13 +236,13 @@ def test_the_logits_before_a_final_softmax_are_explained() -> None:
     model = graph(
         "(float[N,4] x) => (int64[N] k, float[N,3] p) { y = MatMul(x, w) p = Softmax(y) k = ArgMax<axis=1,keepdims=0>(p) }", w=weight(4, 3)
     )
-    assert explained_value(model.graph).name == "y"
+    assert [v.name for v in explained_values(model.graph)] == ["y"]
 
 
 def test_nothing_to_explain() -> None:
     model = graph("(float[N,4] x) => (int64[N] k) { k = ArgMax<axis=1,keepdims=0>(x) }")
     with pytest.raises(UsageError, match="no output of the model is a floating-point tensor"):
-        explained_value(model.graph)
+        explained_values(model.graph)
 
 
 def test_what_is_chosen() -> None:
@@ -257,6 +258,19 @@ def test_what_is_chosen() -> None:
     assert chosen(tokens, None).tolist() == [[[0, 0.5], [0.5, 0]]]
     saliency = torch.tensor([[[[1.0, -1.0], [2.0, -3.0]]], [[[-1.0, -1.0], [-2.0, -3.0]]]])
     assert chosen(saliency, None).tolist() == [[[[0.5, 0], [0.5, 0]]], [[[0.25, 0.25], [0.25, 0.25]]]]
+
+
+def test_every_output_is_explained(tmp_path: Path) -> None:
+    """Boxes and classes: each starts with half, and no layer that only one of them needs is taken for irrelevant."""
+    nodes = "h = Relu(x) classes = MatMul(h, w1) boxes = MatMul(h, w2)"
+    model = graph(f"(float[N,8] x) => (float[N,4] boxes, float[N,5] classes) {{ {nodes} }}", w1=weight(8, 5), w2=weight(8, 4))
+    found = measure_relevance(model, partition(model), dataset(tmp_path, model, x=random(4, 8)))
+    assert found.layers[0].mean > 0
+    tensors = {name: torch.from_numpy(random(2, n)) for name, n in (("boxes", 1), ("classes", 5), ("more", 5))}
+    first, second, third = seeds(tensors, np.array([3, 4]), chosen).values()  # type: ignore[arg-type]
+    assert first.tolist() == [[pytest.approx(1 / 3)], [pytest.approx(1 / 3)]]
+    assert second.argmax(1).tolist() == [3, 4]
+    assert third.argmax(1).tolist() == tensors["more"].argmax(1).tolist()
 
 
 def test_a_segmentation_network(tmp_path: Path) -> None:
@@ -288,6 +302,14 @@ def test_rank_correlation() -> None:
     assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert spearman(a, np.ones(40)) is None
     assert spearman(a[:2], b[:2]) is None
+
+
+def test_agreement_of_halves() -> None:
+    """Means of the even rows (1, 2, 3), of the odd ones (3, 1, 2): ranks agree by -1/2; the rows before the last two say the opposite."""
+    rows = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]] * 8 + [[-15.0, 2.0, 19.0], [3.0, -7.0, 10.0]])
+    assert agreement_of(rows) == ((16, pytest.approx(1.0)), (18, pytest.approx(-0.5)))
+    assert agreement_of(rows[:1]) == ()
+    assert agreement_of(rows, lambda means: means[:2]) == ()
 
 
 def test_standard_error() -> None:

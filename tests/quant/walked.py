@@ -43,6 +43,8 @@ def walked(
         arrived, passed = (sum(float(r.sum()) for r in parts if r is not None) for parts in (passage.relevance_out, passage.relevance_in))
         sums[passage.step.node.name or ""] = (arrived, passed)
 
-    gradients, relevances = walk(tape, target, gradient=seed, relevance=seed, propagate=propagator(fallback=fallback), visit=visit)
+    gradients, relevances = walk(
+        tape, gradient={target: seed}, relevance={target: seed}, propagate=propagator(fallback=fallback), visit=visit
+    )
     named = [{v.name or "": t.numpy() for v, t in found.items()} for found in (gradients, relevances)]
     return Walked(outputs, named[0], named[1], sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.rules import propagator, ruled_functions
 from deploycc.quant.lrp.scoring import batch_of, per_sample, taped
 from deploycc.quant.lrp.tape import walk
-from deploycc.quant.lrp.targets import explained_value
+from deploycc.quant.lrp.targets import explained_values, seeds
 from deploycc.quant.sensitivity import Scales, quantized_operands
 
 if TYPE_CHECKING:
@@ -126,25 +127,29 @@ def gradient_energy(
         names: the nodes.
         noise: measures the local errors along the way.
         data: samples.
-        seed: gives the cotangent of the explained value from its tensor, the labels and the numbers of the samples.
+        seed: gives the cotangent of an explained value from its tensor, the labels and the numbers of the samples.
         batch: samples per sweep, None for as many as ``memory`` bytes hold.
         memory: bytes.
         progress: called with samples done and in all.
     """
     program = Program(model, atomic=ruled_functions())
-    target, found = explained_value(program.graph), []
-    for tape, labels, numbers in taped(program, target, data, batch=batch_of(program, batch=batch, memory=memory)):
+    targets, found = explained_values(program.graph), []
+    for tape, labels, numbers in taped(program, targets, data, batch=batch_of(program, batch=batch, memory=memory)):
         squares = SquaredGradients(names, len(numbers))
 
         def visit(passage: Passage, squares: SquaredGradients = squares) -> None:
             squares.visit(passage)
             noise.visit(passage)
 
-        cotangent = seed(tape.kept[target], labels, numbers)
-        walk(tape, target, gradient=cotangent, relevance=None, propagate=propagator(), visit=visit)
+        start = seeds(tape.kept, labels, partial(_numbered, seed, numbers))
+        walk(tape, gradient=start, relevance={}, propagate=propagator(), visit=visit)
         found.append(squares.rows)
         progress(sum(map(len, found)), data.samples)
     return np.concatenate(found)
+
+
+def _numbered(seed: Seed, numbers: Tensor, y: Tensor, labels: np.ndarray | None) -> Tensor:
+    return seed(y, labels, numbers)
 
 
 def _energy(value: Tensor) -> float:

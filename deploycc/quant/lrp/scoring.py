@@ -12,7 +12,7 @@ from torch import Tensor
 from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.rules import propagator, ruled_functions
 from deploycc.quant.lrp.tape import Passage, Tape, Visit, record, walk
-from deploycc.quant.lrp.targets import chosen, explained_value
+from deploycc.quant.lrp.targets import chosen, explained_values, seeds
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,7 +27,7 @@ def batch_of(program: Program, *, batch: int | None, memory: int) -> int:
 
 
 def taped(
-    program: Program, target: ir.Value, data: Dataset, *, batch: int, skip: int = 0
+    program: Program, targets: Sequence[ir.Value], data: Dataset, *, batch: int, skip: int = 0
 ) -> Iterator[tuple[Tape, np.ndarray | None, Tensor]]:
     """Yield the tape of each batch, its labels, and the numbers of its samples in the data set; the first ``skip`` samples are left out."""
     start = 0
@@ -38,7 +38,7 @@ def taped(
             continue
         rest = {name: array[count - (start - first) :] for name, array in feeds.items()}
         labels = None if data.labels is None else data.labels[first:start]
-        yield record(program, rest, keep=[target]), labels, torch.arange(first, start)
+        yield record(program, rest, keep=targets), labels, torch.arange(first, start)
 
 
 def sweeps(
@@ -62,17 +62,17 @@ def sweeps(
         UsageError: for an operator that cannot be executed or has no rule, naming the node.
     """
     program, propagate = Program(model, atomic=ruled_functions()), propagator(fallback=fallback)
-    target = explained_value(program.graph)
-    for tape, labels, numbers in taped(program, target, data, batch=batch_of(program, batch=batch, memory=memory), skip=skip):
+    targets = explained_values(program.graph)
+    for tape, labels, numbers in taped(program, targets, data, batch=batch_of(program, batch=batch, memory=memory), skip=skip):
         collected = _Maps(layers, len(numbers))
-        weights = chosen(tape.kept[target], labels)
+        weights = seeds(tape.kept, labels, chosen)
 
         def visit(passage: Passage, collected: _Maps = collected) -> None:
             collected.visit(passage)
             if also is not None:
                 also(passage)
 
-        walk(tape, target, gradient=weights, relevance=weights, propagate=propagate, visit=visit)
+        walk(tape, gradient=weights, relevance=weights, propagate=propagate, visit=visit)
         yield collected.scores, collected.sizes
 
 

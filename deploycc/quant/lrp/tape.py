@@ -72,6 +72,7 @@ class Passage:
     relevance_in: Parts
 
 
+Cotangents = dict["ir.Value", Tensor]
 Propagate = Callable[[Step, list[Tensor]], Parts]
 Visit = Callable[[Passage], None]
 
@@ -129,23 +130,21 @@ def record(program: Program, feeds: Mapping[str, np.ndarray], *, keep: Sequence[
 
 
 def walk(
-    tape: Tape, target: ir.Value, *, gradient: Tensor | None, relevance: Tensor | None, propagate: Propagate, visit: Visit
-) -> tuple[dict[ir.Value, Tensor], dict[ir.Value, Tensor]]:
-    """Walk the tape backwards from ``target``, emptying it.
+    tape: Tape, *, gradient: Mapping[ir.Value, Tensor], relevance: Mapping[ir.Value, Tensor], propagate: Propagate, visit: Visit
+) -> tuple[Cotangents, Cotangents]:
+    """Walk the tape backwards, emptying it.
 
     Args:
         tape: of one batch.
-        target: where gradient and relevance start.
-        gradient: the cotangent of ``target``, or None for relevance alone.
-        relevance: the relevance of ``target``, or None for the gradient alone.
+        gradient: the cotangents where gradients start; empty for relevance alone.
+        relevance: the relevance of the values where it starts; empty for gradients alone.
         propagate: gives the relevance of a step's inputs, from that of its outputs.
         visit: called at every node that something reached, after its inputs are known.
 
     Returns:
         The gradients and the relevance of the values that nothing produces: the inputs of the model.
     """
-    gradients = {} if gradient is None else {target: gradient}
-    relevances = {} if relevance is None else {target: relevance}
+    gradients, relevances = dict(gradient), dict(relevance)
     while tape.steps:
         step = tape.steps.pop()
         gradient_out: Parts = [gradients.pop(v, None) for v in step.node.outputs[: len(step.outputs)]]

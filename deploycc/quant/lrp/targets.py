@@ -1,7 +1,8 @@
-"""Where gradient and relevance start: which output, and which of its elements."""
+"""Where gradient and relevance start: which outputs, and which of their elements."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,25 +16,39 @@ from deploycc.quant.classes import class_axis
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from deploycc.quant.lrp.tape import Cotangents
 
-def explained_value(graph: ir.Graph) -> ir.Value:
-    """Return the value that is explained: the first floating-point output, and before a final softmax what it is computed from.
+
+def explained_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
+    """Return what is explained: every floating-point output, and of a final softmax what it is computed from.
 
     Raises:
         UsageError: when no output is a floating-point tensor that something computes.
     """
+    found: dict[ir.Value, None] = {}
     for value in graph.outputs:
         producer = value.producer()
         if value.dtype not in FLOAT_TYPES or producer is None:
             continue
-        if producer.op_type in {"Softmax", "LogSoftmax"} and producer.inputs[0] is not None:
-            return producer.inputs[0]
-        return value
+        before = producer.inputs[0] if producer.op_type in {"Softmax", "LogSoftmax"} else None
+        found[before or value] = None
+    if found:
+        return tuple(found)
     raise UsageError(
         "no output of the model is a floating-point tensor, so there is nothing to explain",
         at=f"outputs {', '.join(str(v.name) for v in graph.outputs)}",
         fix="use --sensitivity sqnr",
     )
+
+
+def seeds(values: Mapping[ir.Value, Tensor], labels: np.ndarray | None, seed: Callable[[Tensor, np.ndarray | None], Tensor]) -> Cotangents:
+    """Return what ``seed`` makes of each explained tensor, all outputs alike; labels belong to the first that has classes."""
+    result: Cotangents = {}
+    for value, y in values.items():
+        owned = labels if class_axis(y.shape) is not None else None
+        result[value] = seed(y, owned) / len(values)
+        labels = labels if owned is None else None
+    return result
 
 
 def chosen(y: Tensor, labels: np.ndarray | None) -> Tensor:
