@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -124,6 +126,12 @@ def test_unknown_names() -> None:
     with pytest.raises(UsageError, match="unknown fallback 'luck'"):
         check_fallback("luck")
     check_fallback("gradient")
+
+
+def test_torch_is_not_loaded_before_it_is_needed() -> None:
+    code = "import sys, deploycc.pipeline; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 # Each by its formula
