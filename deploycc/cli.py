@@ -282,6 +282,36 @@ def compare(
 
 
 @app.command()
+def bisect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory whose model can still be found.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="As for build; with labels the search goes by accuracy, else by SQNR. Default: the build's data."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="TOML", help="As for build: [preprocessing] for directories of images.")] = None,
+    runs: Annotated[
+        int | None, typer.Option(metavar="N", min=4, help="The most measurements; default about 3 log2 of the number of regions.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for programs.")] = False,
+) -> None:
+    """Find the regions of a build that lose the accuracy, by binary search, and how much each recovers.
+
+    Examples:
+        deploycc bisect vit.deploycc --data eval.npz
+    """
+    from rich.console import Console
+
+    from deploycc.bisect import bisect as run_bisect
+    from deploycc.render import LiveView
+
+    with LiveView(Console(stderr=True)) as view:
+        found = run_bisect(directory, data=data, config=config, runs=runs, watch=view)
+    print(found.to_json() if json else found, end="" if json else "\n")
+
+
+@app.command()
 def lint(
     model: Annotated[Path | None, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file, quantized by anybody.")] = None,
     target: Annotated[

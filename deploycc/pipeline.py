@@ -30,7 +30,7 @@ from deploycc.quant.rescale import find_rescales
 from deploycc.quant.rounding import round_weights
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
-from deploycc.rewriting import canonicalize, lower, reparameterize
+from deploycc.rewriting import canonicalize, canonicalize_for, lower, reparameterize
 from deploycc.verify import accuracy, audit, numerics
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def build(request: BuildRequest, watch: Watcher | None = None) -> tuple[BuildRep
 def _staged(job: Job, directory: BuildDirectory) -> list[str]:
     """Do the work and write the directory; return the bounds that were missed."""
     with job.stage("canonicalize"):
-        canonical = _canonicalize(job)
+        canonical = canonicalize(job) if job.plan is None else canonicalize_for(job, job.plan)
     canonical, analysis = _analyse(job, canonical)
     with directory.staged() as folder:
         plan, lowered, misses = _guarded(job, canonical, analysis)
@@ -78,20 +78,6 @@ def _staged(job: Job, directory: BuildDirectory) -> list[str]:
         engines = build_engines(job, folder)
         _conclude(job, folder, plan, lowered, analysis, engines)
     return misses
-
-
-def _canonicalize(job: Job) -> Artefact:
-    """Run the exact passes; a plan does not say whether something could be quantized when it was made, but its digest does."""
-    before = job.report.passes
-    first = canonicalize(job)
-    if job.plan is None or job.plan.model in ("", first.digest):
-        return first
-    passes, job.report.passes = job.report.passes, before
-    other = canonicalize(job, prepare=not job.formats)
-    if other.digest == job.plan.model:
-        return other
-    job.report.passes = passes
-    return first
 
 
 def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:

@@ -36,6 +36,20 @@ def canonicalize(job: Job, *, prepare: bool | None = None) -> Artefact:
     return Artefact(model, Stage.CANONICAL, job.imported)
 
 
+def canonicalize_for(job: Job, plan: PrecisionPlan) -> Artefact:
+    """Canonicalize as when ``plan`` was made: it does not say whether something could be quantized then, but its digest does."""
+    before = job.report.passes
+    first = canonicalize(job)
+    if plan.model in ("", first.digest):
+        return first
+    passes, job.report.passes = job.report.passes, before
+    other = canonicalize(job, prepare=not job.formats)
+    if other.digest == plan.model:
+        return other
+    job.report.passes = passes
+    return first
+
+
 def reparameterize(job: Job, canonical: Artefact, rescales: Mapping[str, Rescale]) -> Artefact:
     """Run the exact passes that only move parameters, so that what is quantized later loses less."""
     chosen = chosen_passes(job, "reparameterize", rescales=rescales)
