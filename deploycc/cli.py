@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from deploycc import __version__
-from deploycc.core.errors import ContractError, DeployccError, UsageError
+from deploycc.core.errors import BackendError, ContractError, DeployccError, UsageError
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -217,6 +217,32 @@ def explain(
     from deploycc.explain import explain_front, explain_passes
 
     print(explain_front(directory) if pareto else explain_passes(directory) if passes else run_explain(directory, node))
+
+
+@app.command()
+def profile(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A build directory, or anybody's engine file.")],
+    target: Annotated[str, typer.Option(metavar="T", help="The engine of this target; default: the first.")] = "",
+    runs: Annotated[int, typer.Option(min=1, help="Timed inferences.")] = 100,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print the cost model's estimate per region; needs no GPU.")] = False,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the slowest rows into an .svg or .png file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where the time goes: per-layer times on a GPU, joined with regions, formats and PyTorch names.
+
+    Without a GPU nothing can be measured (exit code 4); what is printed then is an estimate, and says so.
+    """
+    from deploycc import profile as profiling
+    from deploycc.backends.tensorrt import present_arch
+
+    is_blind = present_arch() is None and not estimate
+    if is_blind:
+        print("no GPU with a driver was found, so nothing can be measured; this is the cost model's estimate", file=sys.stderr)
+    found = profiling.estimated(path, target=target) if estimate or is_blind else profiling.measured(path, target=target, runs=runs)
+    print(found.to_json() if json else profiling.table(found), end="" if json else "\n")
+    if chart is not None:
+        profiling.chart(found, chart)
+    raise typer.Exit(BackendError.exit_code if is_blind else 0)
 
 
 @app.command()
