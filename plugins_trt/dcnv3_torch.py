@@ -40,16 +40,16 @@ def sampled(x: Tensor, offset: Tensor, mask: Tensor, what: DCNv3) -> Tensor:
     batch, height, width, channels = x.shape
     rows, columns = offset.shape[1:3]
     group, points = what.group, what.points
-    k = torch.arange(points)
+    k = torch.arange(points, device=offset.device)
     k = k + what.remove_center * (k >= what.kernel_h * what.kernel_w // 2)
     reach_x, reach_y = what.dilation_w * (what.kernel_w - 1) // 2, what.dilation_h * (what.kernel_h - 1) // 2
     place = torch.stack([k // what.kernel_h * what.dilation_w - reach_x, k % what.kernel_h * what.dilation_h - reach_y], -1).to(offset)
-    base_x = torch.arange(columns) * what.stride_w + (reach_x - what.pad_w)
-    base_y = torch.arange(rows) * what.stride_h + (reach_y - what.pad_h)
+    base_x = torch.arange(columns, device=offset.device) * what.stride_w + (reach_x - what.pad_w)
+    base_y = torch.arange(rows, device=offset.device) * what.stride_h + (reach_y - what.pad_h)
     base = torch.stack([base_x.expand(rows, columns), base_y[:, None].expand(rows, columns)], -1).to(offset)
     shifts = offset.reshape(batch, rows, columns, group, points, 2)
     position = base[:, :, None, None] + (place + shifts) * what.offset_scale
-    grid = (2 * position + 1) / torch.tensor([width, height], dtype=offset.dtype) - 1
+    grid = (2 * position + 1) / torch.tensor([width, height], dtype=offset.dtype, device=offset.device) - 1
     grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(batch * group, rows * columns, points, 2)
     image = x.reshape(batch, height, width, group, channels // group).permute(0, 3, 4, 1, 2).reshape(batch * group, -1, height, width)
     samples = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

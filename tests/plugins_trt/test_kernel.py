@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -206,3 +209,16 @@ def test_nvcc_compiles_every_kernel_without_spills() -> None:
     source = SOURCES / "dcnv3_launch.cu"
     command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v,-warn-spills,-Werror", "-c", str(source), "-o", "OUT"]
     assert compiled("launch", command, [source, *SOURCES.glob("*.h")]).stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_instructions_per_channel() -> None:
+    """The kernel is bound by instructions, so that their number is its speed: at most 110 per channel at sixteen channels per thread."""
+    folder = str(SOURCES.parents[1] / "benchmarks")
+    if not all(shutil.which(tool) for tool in ("nvcc", "cuobjdump")):
+        pytest.skip("nvcc or cuobjdump is not installed")
+    code = "import dcnv3; print(*dcnv3.instructions(dcnv3.KERNELS[0], 'sm_90'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    count, spilled = map(int, done.stdout.split())
+    assert count / 16 <= 110
+    assert spilled == 0
