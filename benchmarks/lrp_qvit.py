@@ -3,7 +3,7 @@
     python benchmarks/lrp_qvit.py                     # three transformers, three draws of 32 calibration images, 2,000 test images
     python benchmarks/lrp_qvit.py --write             # the same, and the tables go into docs/lrp_qvit.md
     python benchmarks/lrp_qvit.py deit --draws 1 --images 200
-    python benchmarks/lrp_qvit.py --keep figures.json # remember each model's figures, and go on from there
+    python benchmarks/lrp_qvit.py --keep figures.json # remember figures, and go on from there
 
 Models: examples/vision_transformers (a DeiT and a Swin in miniature) and the vision transformer of examples/fashion, all trained on
 Fashion-MNIST. A draw takes its 32 images from the 256 training images that ship with the examples. ``planted`` is the same model with
@@ -18,7 +18,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -56,6 +56,8 @@ LADDER = ("layer", "channel", "repq", "crl")
 PAPER = {"fp32": 79.85, "layer": 33.17, "channel": 70.28, "repq": 69.03, "crl": 70.78, "mp4": 72.43}
 MIXED = ("mp4", "reversed")
 CLAIMS = (("layer", "repq"), ("repq", "crl"), ("channel", "crl"), ("crl", "mp4"), ("reversed", "mp4"))
+# Bits, whether outliers are planted, whether bits are mixed as well.
+PARTS = {"four": (4, False, True), "three": (3, False, False), "planted": (4, True, True)}
 PLANTED_CHANNELS, PLANTED_FACTOR = 4, 20.0
 CHUNK = 100
 Figures = dict[str, list[float]]
@@ -200,27 +202,29 @@ def verdict(points: Sequence[float], decibels: Sequence[float]) -> str:
     return "holds by SQNR" if signs[1] == {1.0} else "the opposite by SQNR" if signs[1] == {-1.0} else "undecided"
 
 
-def figures_of(name: str, count: int, images: int, show: Callable[[str], None]) -> dict[str, Any]:
-    """Return everything that is measured of one model."""
-    start, plain = time.perf_counter(), subject(name, images)
-    with tempfile.TemporaryDirectory() as folder:
-        data = draws(plain, count, Path(folder))
-        four = measure(plain, data, 4, mixed=True, show=show)
-        three = measure(plain, data, 3, mixed=False, show=show)
-        show(f"{name} with planted outliers")
-        planted = measure(subject(name, images, planted=True), data, 4, mixed=True, show=show)
-    minutes = (time.perf_counter() - start) / 60
-    return {"fp32": plain.accuracy, "four": four, "three": three, "planted": planted, "images": images, "draws": count, "minutes": minutes}
+def complete(known: Mapping[str, Any], name: str, count: int, images: int, show: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Yield what is known of a model after each part that was missing."""
+    figures = dict(known)
+    for part, (bits, planted, mixed) in PARTS.items():
+        if part not in figures:
+            start, of = time.perf_counter(), subject(name, images, planted=planted)
+            with tempfile.TemporaryDirectory() as folder:
+                figures[part] = measure(
+                    of, draws(of, count, Path(folder)), bits, mixed=mixed, show=lambda text, part=part: show(f"{part}: {text}")
+                )
+            figures["minutes"] = figures.get("minutes", 0.0) + (time.perf_counter() - start) / 60
+            figures.setdefault("fp32", of.accuracy)
+            yield figures
 
 
-def report(results: Mapping[str, Any]) -> list[str]:
+def report(results: Mapping[str, Any], size: str) -> list[str]:
     """Return the markdown of every model's figures."""
-    ways, any_result = (*LADDER, *MIXED), next(iter(results.values()))
+    ways = (*LADDER, *MIXED)
     paper = {"paper: DeiT-S, ImageNet": (PAPER["fp32"], {way: [PAPER[way]] for way in ways if way in PAPER})}
-    points = {part: {n: (r["fp32"], r[part][0]) for n, r in results.items()} for part in ("four", "three", "planted")}
+    points = {part: {n: (r["fp32"], r[part][0]) for n, r in results.items() if part in r} for part in PARTS}
     decibels = {n: (None, r["four"][1]) for n, r in results.items()}
     minutes = sum(r["minutes"] for r in results.values())
-    size = f"{any_result['images']} test images, {any_result['draws']} draws of 32 calibration images"
+    both = {n: r["four"] for n, r in results.items()} | {f"{n}, planted": r["planted"] for n, r in results.items() if "planted" in r}
     return [
         f"{size}, mean ± sd over draws; {minutes:.0f} minutes.",
         "",
@@ -242,7 +246,7 @@ def report(results: Mapping[str, Any]) -> list[str]:
         "",
         "The paper's claims, as differences at W4/A4 draw by draw; a verdict needs one sign in every draw:",
         "",
-        *claims({n: r["four"] for n, r in results.items()} | {f"{n}, planted": r["planted"] for n, r in results.items()}),
+        *claims(both),
     ]
 
 
@@ -261,13 +265,15 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="JSON", help="a file that remembers figures of models measured before")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    results = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else {}
+    size = f"{arguments.images} test images, {arguments.draws} draws of 32 calibration images"
+    kept = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else {}
+    results = kept.setdefault(size, {})
     for name in arguments.models:
-        if (results.get(name, {}).get("images"), results.get(name, {}).get("draws")) != (arguments.images, arguments.draws):
-            results[name] = figures_of(name, arguments.draws, arguments.images, lambda text: print(text, flush=True))
+        for figures in complete(results.get(name, {}), name, arguments.draws, arguments.images, lambda text: print(text, flush=True)):
+            results[name] = figures
             if arguments.keep:
-                arguments.keep.write_text(json.dumps(results, indent=1))
-    lines = report({name: results[name] for name in arguments.models})
+                arguments.keep.write_text(json.dumps(kept, indent=1))
+    lines = report({name: results[name] for name in arguments.models}, size)
     print("\n".join(lines))
     if arguments.write:
         write(lines)
