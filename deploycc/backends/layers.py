@@ -99,14 +99,11 @@ def _types(details: Mapping[str, Any]) -> str:
 
 def measure_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
     """Load, run and time: the child's side of `measure`."""
-    if request["module"] == "tensorrt_rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # Polygraphy reads it when it is imported.
     import numpy as np
-    from polygraphy.backend.common import BytesFromPath
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    trt = importlib.import_module(request["module"])
-    engine = EngineFromBytes(BytesFromPath(request["engine"]))()
+    trt, engine = load_engine(request)
+    from polygraphy.backend.trt import TrtRunner
+
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
     shapes = {n: _usual_shape(engine, n) for n in inputs}
@@ -123,6 +120,39 @@ def measure_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
     information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(information).get("Layers", [])
     return {"milliseconds": times, "layers": layers, "device": _device(), "shapes": shapes, "runs": request["runs"]}
+
+
+def load_engine(request: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the TensorRT module that ``request`` names, and the engine in its file; for child processes."""
+    if request["module"] == "tensorrt_rtx":
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # Polygraphy reads it when it is imported.
+    from polygraphy.backend.common import BytesFromPath
+    from polygraphy.backend.trt import EngineFromBytes
+
+    return importlib.import_module(request["module"]), EngineFromBytes(BytesFromPath(request["engine"]))()
+
+
+def run_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run an engine on the arrays of an .npz file: write its outputs, return the milliseconds of each timed run and the GPU.
+
+    ``request``: ``module``, ``engine``, ``feeds``, ``outputs`` (both .npz), ``runs``.
+    """
+    import numpy as np
+
+    _, engine = load_engine(request)
+    from polygraphy.backend.trt import TrtRunner
+
+    times = []
+    with np.load(request["feeds"], allow_pickle=False) as feeds, TrtRunner(engine) as runner:
+        arrays = dict(feeds)
+        for _ in range(WARM_UP):
+            outputs = runner.infer(arrays, copy_outputs_to_host=True)
+        found: dict[str, Any] = {name: np.asarray(value) for name, value in outputs.items()}
+        np.savez(request["outputs"], **found)
+        for _ in range(request["runs"]):
+            runner.infer(arrays, check_inputs=False)
+            times.append(1e3 * runner.last_inference_time())
+    return {"milliseconds": times, "device": _device()}
 
 
 def _usual_shape(engine: Any, name: str) -> list[int]:
