@@ -36,7 +36,7 @@ WIDEST = 4608  # inputs of a layer; a wider one is rounded to nearest, since its
 DAMPING = 0.01
 SHRINKS = np.linspace(1.0, 0.7, 13)
 _BLOCK = 128
-_TOGETHER = 16  # layers whose inputs leave the runtime in one pass
+_TOGETHER = 64  # groups of layers whose inputs leave the runtime in one pass
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,30 @@ def round_weights(
         reference: executes the graph.
         batch: samples per run.
         known: what earlier calls found, by weight and format; it grows.
-        progress: called with layers done and in all.
+        progress: called with groups of layers done and in all.
     """
     known, wanted = {} if known is None else known, _layers(model, plan)
-    layers = [layer for layer in wanted if layer.key not in known]
-    for start in range(0, len(layers), _TOGETHER):
-        some = layers[start : start + _TOGETHER]
-        for i, (layer, gram) in enumerate(zip(some, _grams(model, some, data.take(SAMPLES), reference, batch), strict=True)):
-            known[layer.key] = layer.back(rounded(layer.columns(), gram, format=layer.format, base=plan.base))
-            progress(start + i + 1, len(layers))
+    groups = _sharing_rows([layer for layer in wanted if layer.key not in known])
+    for start in range(0, len(groups), _TOGETHER):
+        some = groups[start : start + _TOGETHER]
+        for i, (group, gram) in enumerate(
+            zip(some, _grams(model, [g[0] for g in some], data.take(SAMPLES), reference, batch), strict=True)
+        ):
+            columns = [layer.columns() for layer in group]
+            found = rounded(np.concatenate(columns, axis=1), gram, format=group[0].format, base=plan.base)
+            for layer, part in zip(group, np.split(found, np.cumsum([c.shape[1] for c in columns])[:-1], axis=1), strict=True):
+                known[layer.key] = layer.back(part)
+            progress(start + i + 1, len(groups))
     return {layer.weight: known[layer.key] for layer in wanted}
+
+
+def _sharing_rows(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Return layers in groups that multiply the same rows, such as the projections to query, key and value."""
+    groups: dict[object, list[Layer]] = {}
+    for layer in layers:
+        windows = layer.weight if layer.node.op_type == "Conv" else ""
+        groups.setdefault((layer.source, layer.format.name, windows), []).append(layer)
+    return list(groups.values())
 
 
 def rounded(weight: np.ndarray, gram: np.ndarray, *, format: Format, base: Format) -> np.ndarray:
@@ -136,7 +150,7 @@ def rounded(weight: np.ndarray, gram: np.ndarray, *, format: Format, base: Forma
 def _on_grid(values: np.ndarray, step: np.ndarray, format: Format) -> np.ndarray:
     top = largest_code(format)
     codes = np.clip(values / step, -top, top)
-    return np.asarray((np.rint(codes) if format == INT8 else codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)) * step)
+    return np.asarray((np.rint(codes) if format == INT8 else codes.astype(ml_dtypes.float8_e4m3fn).astype(values.dtype)) * step)
 
 
 def _steps(weight: np.ndarray, energy: np.ndarray, format: Format, base: Format) -> np.ndarray:
@@ -202,8 +216,8 @@ def _grams(model: ir.Model, layers: Sequence[Layer], data: Dataset, reference: R
     for feeds in data.batches(batch):
         seen: Mapping[str, np.ndarray] = {**run(feeds, [s for s in sources if s not in fed]), **feeds}
         for i, layer in enumerate(layers):
-            rows = _on_grid(layer.rows(seen[layer.source]).astype(np.float64), np.array(layer.scale), layer.format)
-            totals[i] = totals[i] + rows.T @ rows
+            rows = _on_grid(layer.rows(seen[layer.source]), np.array(layer.scale, np.float32), layer.format)
+            totals[i] = totals[i] + (rows.T @ rows).astype(np.float64)
             counts[i] += len(rows)
     return (np.asarray(total) / max(count, 1) for total, count in zip(totals, counts, strict=True))
 
