@@ -213,7 +213,7 @@ DC_INLINE int clamped(int value, int low, int high) {
 struct Divisor {
     std::uint32_t divisor, factor, shift;
 
-    static Divisor of(std::int64_t number) {
+    DC_INLINE static constexpr Divisor of(std::int64_t number) {
         Divisor made{static_cast<std::uint32_t>(number), 0, 0};
         while ((std::int64_t{1} << made.shift) < number) {
             ++made.shift;
