@@ -7,10 +7,10 @@ measured noise of the model with every region quantized: all methods speak in sh
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,13 +147,39 @@ def _hessian(question: Question) -> Scores:
     return _by_energy(question, "hessian", lambda y, labels, samples: curvature_probe(y, samples))
 
 
-@method("hybrid", "geometric mean of lrp and sqnr")
+@method("hybrid", "squared effect of this region's own error on the loss, from its gradient; as a share of the whole noise", sweeps=6)
 def _hybrid(question: Question) -> Scores:
-    """What an error does to the outputs, and whether they needed what it hits: Mix-QViT's product of relevance and sensitivity."""
-    measured, relevant = _sqnr(question), _lrp(question)
-    raw = {r: {f: math.sqrt(s * relevant.noise[r][f]) for f, s in by.items()} for r, by in measured.noise.items()}
-    seconds = measured.seconds + relevant.seconds
-    return Scores("hybrid", relevant.samples, seconds, _anchored(question, raw), relevant.evidence, relevant.agreement)
+    """``E (sum over nodes of g . e)^2``: the error as measured, the loss by its Gauss-Newton Hessian.
+
+    With probes ``g = J^T u``, ``E u u^T = H``, this is ``E e^T J^T H J e``, twice the divergence to second order. ``hessian`` replaces the
+    error by noise of equal energy in every direction; here its direction counts, and errors of a region's nodes may cancel.
+    """
+    from deploycc.quant.lrp.local import LocalNoise, SquaredEffects, gradient_walks
+    from deploycc.quant.lrp.targets import curvature_probe
+
+    start, nodes = time.perf_counter(), {n.name: n for n in question.model.graph}
+    noise = LocalNoise(question.model, question.regions, question.formats, question.scales)
+    owner = {name: r.name for r in question.regions for name, _ in quantized_operands(r, nodes)}
+    found = gradient_walks(
+        question.model,
+        question.data,
+        seed=lambda y, labels, samples: curvature_probe(y, samples),
+        visitor=partial(SquaredEffects, owner, noise),
+        memory=question.memory,
+        progress=question.progress,
+    )
+    batches = [each.rows for each in found]
+    rows = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    raw = {r.name: {f.name: _mean(rows.get((r.name, f.name))) for f in question.formats if f.name in r.formats} for r in question.regions}
+    coarse = {r.name: rows[r.name, f] for r in question.regions for f in list(raw[r.name])[:1] if (r.name, f) in rows}
+    evidence = {name: Evidence(float(v.mean()), float(standard_error(v[:, None])[0]), len(v)) for name, v in coarse.items()}
+    samples, seconds = len(next(iter(rows.values()), ())), time.perf_counter() - start
+    agreed = agreement_of(np.stack(list(coarse.values()), axis=1)) if coarse else ()
+    return Scores("hybrid", samples, seconds, _anchored(question, raw), evidence, agreed)
+
+
+def _mean(values: np.ndarray | None) -> float:
+    return 0.0 if values is None else float(values.mean())
 
 
 def _measured(question: Question, *, divergence: bool = False) -> Scores:
@@ -209,22 +235,22 @@ def _relevance_evidence(found: Relevance, region: str) -> Evidence:
 
 def _by_energy(question: Question, name: str, seed: Seed) -> Scores:
     """Return ``E[mean g^2] E|e|^2`` summed over the nodes of each region, for the gradient that ``seed`` starts."""
-    from deploycc.quant.lrp.local import LocalNoise, gradient_energy
+    from deploycc.quant.lrp.local import LocalNoise, SquaredGradients, gradient_walks
 
     start, nodes = time.perf_counter(), {n.name: n for n in question.model.graph}
     noise = LocalNoise(question.model, question.regions, question.formats, question.scales)
     own = {r.name: [n for n, _ in quantized_operands(r, nodes)] for r in question.regions}
     names = list(dict.fromkeys(n for group in own.values() for n in group))
-    rows = gradient_energy(
+    found = gradient_walks(
         question.model,
-        names,
-        noise,
         question.data,
         seed=seed,
-        batch=None,
+        visitor=partial(SquaredGradients, names),
+        also=noise.visit,
         memory=question.memory,
         progress=question.progress,
     )
+    rows = np.concatenate([each.rows for each in found])
     means = dict(zip(names, rows.mean(axis=0), strict=True))
     raw = {
         r.name: {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from deploycc.quant.lrp.movement import to_torch
 from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.rules import propagator, ruled_functions
 from deploycc.quant.lrp.scoring import batch_of, per_sample, taped
-from deploycc.quant.lrp.tape import walk
+from deploycc.quant.lrp.tape import both, walk
 from deploycc.quant.lrp.targets import explained_values, seeds
 from deploycc.quant.sensitivity import Scales, quantized_operands
 
@@ -57,8 +57,14 @@ class LocalNoise:
         self.signal[name] = self.signal.get(name, 0.0) + _energy(exact)
         self.samples[name] = self.samples.get(name, 0) + step.samples
         errors = self.noise.setdefault(name, {})
-        for format in self._formats[name]:
-            errors[format.name] = errors.get(format.name, 0.0) + _energy(self._quantized(step, format) - exact)
+        for format, error in self.errors_of(step):
+            errors[format] = errors.get(format, 0.0) + _energy(error)
+
+    def errors_of(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        """Yield each format that a node may have and the error at its output; nothing for a node that is not quantized."""
+        name = step.node.name or ""
+        for format in self._formats.get(name, ()) if name in self._operands else ():
+            yield format.name, self._quantized(step, format) - step.outputs[0].detach()
 
     def ratio(self, name: str, format: str) -> float:
         """Return the noise-to-signal ratio at the output of a node."""
@@ -109,43 +115,63 @@ class SquaredGradients:
             self.rows[:, column] = rows.square().mean(1).double().numpy()
 
 
-def gradient_energy(
+class SquaredEffects:
+    """The squared first-order effect of each region's own error, ``(sum over its nodes of g . e)^2``, per sample: a visitor of walks."""
+
+    def __init__(self, owner: Mapping[str, str], noise: LocalNoise, samples: int) -> None:
+        self._owner, self._noise, self._samples = owner, noise, samples
+        self._sums: dict[tuple[str, str], Tensor] = {}
+
+    def visit(self, passage: Passage) -> None:
+        """Take in one node."""
+        step, gradient = passage.step, passage.gradient_out[0]
+        region = self._owner.get(step.node.name or "")
+        if region is None or gradient is None:
+            return
+        for format, error in self._noise.errors_of(step):
+            effect = per_sample(gradient * error, step.axis, self._samples).sum(1)
+            self._sums[region, format] = self._sums.get((region, format), torch.zeros(())) + effect
+
+    @property
+    def rows(self) -> dict[tuple[str, str], np.ndarray]:
+        """Return the squares by region and format, one per sample."""
+        return {key: total.double().square().numpy() for key, total in self._sums.items()}
+
+
+V = TypeVar("V", SquaredGradients, SquaredEffects)
+
+
+def gradient_walks(
     model: ir.Model,
-    names: Sequence[str],
-    noise: LocalNoise,
     data: Dataset,
     *,
     seed: Seed,
-    batch: int | None,
+    visitor: Callable[[int], V],
+    also: Callable[[Passage], None] = lambda passage: None,
     memory: int,
     progress: Callable[[int, int], None],
-) -> np.ndarray:
-    """Return the mean squared gradient at each node's output, ``[samples, nodes]``, and let ``noise`` see the same walks.
+) -> list[V]:
+    """Walk gradients alone, and return the visitor of every batch.
 
     Args:
         model: a CANONICAL graph.
-        names: the nodes.
-        noise: measures the local errors along the way.
         data: samples.
         seed: gives the cotangent of an explained value from its tensor, the labels and the numbers of the samples.
-        batch: samples per sweep, None for as many as ``memory`` bytes hold.
-        memory: bytes.
+        visitor: makes what sees the walk of a batch, from its number of samples.
+        also: sees every node of every walk.
+        memory: bytes that the values of one sweep may take.
         progress: called with samples done and in all.
     """
-    program = Program(model, atomic=ruled_functions())
-    targets, found = explained_values(program.graph), []
-    for tape, labels, numbers in taped(program, targets, data, batch=batch_of(program, batch=batch, memory=memory)):
-        squares = SquaredGradients(names, len(numbers))
-
-        def visit(passage: Passage, squares: SquaredGradients = squares) -> None:
-            squares.visit(passage)
-            noise.visit(passage)
-
+    program, done, found = Program(model, atomic=ruled_functions()), 0, []
+    targets = explained_values(program.graph)
+    for tape, labels, numbers in taped(program, targets, data, batch=batch_of(program, batch=None, memory=memory)):
+        watching = visitor(len(numbers))
         start = seeds(tape.kept, labels, partial(_numbered, seed, numbers))
-        walk(tape, gradient=start, relevance={}, propagate=propagator(), visit=visit)
-        found.append(squares.rows)
-        progress(sum(map(len, found)), data.samples)
-    return np.concatenate(found)
+        walk(tape, gradient=start, relevance={}, propagate=propagator(), visit=both(watching.visit, also))
+        found.append(watching)
+        done += len(numbers)
+        progress(done, data.samples)
+    return found
 
 
 def _numbered(seed: Seed, numbers: Tensor, y: Tensor, labels: np.ndarray | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.rules import propagator, ruled_functions
-from deploycc.quant.lrp.tape import Passage, Tape, Visit, record, walk
+from deploycc.quant.lrp.tape import Passage, Tape, Visit, both, record, walk
 from deploycc.quant.lrp.targets import chosen, explained_values, seeds
 
 if TYPE_CHECKING:
@@ -66,13 +66,7 @@ def sweeps(
     for tape, labels, numbers in taped(program, targets, data, batch=batch_of(program, batch=batch, memory=memory), skip=skip):
         collected = _Maps(layers, len(numbers))
         weights = seeds(tape.kept, labels, chosen)
-
-        def visit(passage: Passage, collected: _Maps = collected) -> None:
-            collected.visit(passage)
-            if also is not None:
-                also(passage)
-
-        walk(tape, gradient=weights, relevance=weights, propagate=propagate, visit=visit)
+        walk(tape, gradient=weights, relevance=weights, propagate=propagate, visit=both(collected.visit, also))
         yield collected.scores, collected.sizes
 
 

@@ -161,6 +161,17 @@ def walk(
     return gradients, relevances
 
 
+def both(first: Visit, second: Visit | None) -> Visit:
+    """Return a visitor that is two."""
+
+    def visit(passage: Passage) -> None:
+        first(passage)
+        if second is not None:
+            second(passage)
+
+    return visit
+
+
 def _add(totals: dict[ir.Value, Tensor], values: Sequence[ir.Value | None], parts: Sequence[Tensor | None]) -> None:
     """Sum what arrives at a value along several branches."""
     for value, part in zip(values, parts, strict=True):
