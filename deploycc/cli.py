@@ -126,12 +126,12 @@ def build(
         typer.Option(
             metavar="NAME",
             help="How --precision mixed scores regions. Measured, one run per region and format: sqnr (noise at the outputs), kl (of the "
-            "class probabilities). From gradients, one sweep whatever the size: lrp (relevance), fisher, hessian. hybrid: lrp and sqnr.",
+            "class probabilities). From gradients, one sweep whatever the size: lrp (relevance), fisher, hessian, hybrid (each error along its gradient).",
         ),
     ] = "sqnr",
     relevance_fallback: Annotated[
         str | None,
-        typer.Option(metavar="gradient", help="How relevance passes an operator without a rule (lrp, hybrid); default: refuse it."),
+        typer.Option(metavar="gradient", help="How relevance passes an operator without a rule (lrp); default: refuse it."),
     ] = None,
     verify_each: Annotated[
         bool, typer.Option("--verify-each", help="Compare the outputs after every exact pass, and roll back a pass that changes them.")
