@@ -126,7 +126,8 @@ def build(
         typer.Option(
             metavar="NAME",
             help="How --precision mixed scores regions. Measured, one run per region and format: sqnr (noise at the outputs), kl (of the "
-            "class probabilities). From gradients, one sweep whatever the size: lrp (relevance), fisher, hessian, hybrid (each error along its gradient).",
+            "class probabilities). From gradients, one sweep whatever the size: lrp (relevance), fisher, hessian, hybrid (each error along "
+            "its gradient).",
         ),
     ] = "sqnr",
     relevance_fallback: Annotated[
