@@ -395,6 +395,21 @@ def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A buil
 
 
 @app.command()
+def targets(
+    probe: Annotated[bool, typer.Option("--probe", help="Ask the installed TensorRT-RTX again, operator by operator (minutes).")] = False,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was probed as JSON.")] = None,
+) -> None:
+    """List what each target computes natively, and which operators its builder was found to refuse."""
+    from deploycc import probe as probing
+    from deploycc.backends.probed import recorded
+
+    found = probing.probe_all(("tensorrt-rtx",), lambda name: print(name, file=sys.stderr)) if probe else recorded()
+    print(probing.describe(found))
+    if write is not None:
+        probing.write(found, write)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: backends, versions, GPU, and the formats that each target computes."""
     from deploycc.doctor import examine

@@ -56,6 +56,10 @@ def _replay_build(directory: Path, watch: Watcher) -> Verdict:
             watch.warn(error.what)
         drifted = [*_outputs(directory, request.directory), *_engines(directory, request.directory)]
         notes = _differences("version of", recorded["versions"], read_json(request.directory, "manifest.json")["versions"])
+        other_bytes, told = _engine_bytes(directory, request.directory)
+        # Another version of a builder is another builder.
+        drifted += other_bytes if not notes else []
+        notes += told if notes or not other_bytes else []
     lines = drifted or ["identical: model.onnx, plan.json and scores.json have the same bytes, the engines the same size and operations"]
     return Verdict("\n".join([*lines, *notes]), DRIFTED if drifted else 0)
 
@@ -95,6 +99,28 @@ def _engines(old: Path, new: Path) -> list[str]:
         if abs(again["bytes"] - engine["bytes"]) > ENGINE_SIZE_SLACK * engine["bytes"]:
             found.append(f"drifted: {target} has {again['bytes']} bytes, recorded {engine['bytes']}")
     return found
+
+
+def _engine_bytes(old: Path, new: Path) -> tuple[list[str], list[str]]:
+    """Return which engines have other bytes although their builder is deterministic, and a note on every engine's bytes."""
+    before, after = ({e["target"]: e for e in read_json(folder, "report.json")["engines"]} for folder in (old, new))
+    drifted, notes = [], []
+    for target, engine in before.items():
+        is_same = target in after and after[target]["sha256"] == engine["sha256"]
+        notes.append(f"engine for {target}: {'the same bytes' if is_same else 'other bytes (builders need not repeat themselves)'}")
+        if target in after and not is_same and _is_deterministic(engine):
+            drifted.append(f"drifted: {target} has other bytes, though nothing in it leaves the builder a choice")
+    return drifted, notes
+
+
+def _is_deterministic(engine: Mapping[str, Any]) -> bool:
+    """Return whether building again gives the same bytes: copies do, and TensorRT-RTX's engines without quantized operations.
+
+    TensorRT times kernels and may choose others; TensorRT-RTX numbers the symbols of quantized convolutions anew.
+    """
+    backend = engine["target"].partition(":")[0]
+    is_quantized = any(kind in label for label in engine["counts"] for kind in ("int8", "fp8"))
+    return backend == "onnxruntime" or (backend == "tensorrt-rtx" and bool(engine["counts"]) and not is_quantized)
 
 
 def _differences(what: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

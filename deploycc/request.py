@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import onnx_ir as ir
+
 from deploycc import registry
+from deploycc.backends.probed import lacking
 from deploycc.capability import formats_of_plan, formats_of_precision, formats_on_request, resolve_targets
 from deploycc.configuration import read_preprocessing, read_regions
 from deploycc.core.artefact import Artefact
@@ -30,8 +33,6 @@ from deploycc.quant.paper_reparameterize import parse_reparameterization
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import onnx_ir as ir
-
     from deploycc.core.backend import Executor
     from deploycc.core.passes import PassRecord
     from deploycc.core.target import Target
@@ -43,6 +44,8 @@ LONGEST = 30 * 86400.0
 MERGES = ("exact", "off", "all")
 RESCALES = ("auto", "off")
 ROUNDINGS = ("auto", "nearest")
+# Operators that the canonical passes take apart before a builder sees them.
+DECOMPOSED = frozenset({"Attention"})
 WITHOUT_CALIBRATION = frozenset({"fp32", "fp16", "bf16"})
 
 
@@ -213,7 +216,7 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     job = Job(request, targets, base, formats, budget, imported, profiles, calibration, evaluation, watch, overrides=overrides, plan=plan)
     job.report.passes = [asdict(record) for record in records if record.rewrites]
     job.report.seconds["load"] = time.perf_counter() - start
-    for note in (*notes, *calibration.notes):
+    for note in (*notes, *calibration.notes, *_lacking(imported, targets)):
         job.warn(note)
     if calibration.synthetic and plan is None and (formats or precision in SIMULATIONS):
         job.warn(
@@ -221,6 +224,14 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
             f"unknown; give --data, or put {request.model.stem}.calib.npz beside the model"
         )
     return job
+
+
+def _lacking(imported: Artefact, targets: Sequence[Target]) -> Iterator[str]:
+    """Yield what a target was found to lack, before hours of work end at its builder."""
+    operators = {n.op_type for n in ir.traversal.RecursiveGraphIterator(imported.model.graph)} - DECOMPOSED
+    for target in targets:
+        for operator, reason in lacking(operators, target).items():
+            yield f"{target} refused {operator} when it was probed ({reason}); see deploycc targets"
 
 
 def _imported(path: Path) -> tuple[Artefact, list[PassRecord]]:
