@@ -15,7 +15,7 @@ import pytest
 from deploycc import __version__, cli
 
 CNN = Path(__file__).parent.parent / "examples" / "fashion" / "cnn.onnx"
-COMMANDS = ("build", "export", "passes", "explain", "replay", "doctor")
+COMMANDS = ("build", "export", "passes", "explain", "lint", "compare", "bisect", "replay", "doctor")
 
 
 class Said(NamedTuple):

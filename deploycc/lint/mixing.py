@@ -130,8 +130,11 @@ def _is_taken_apart(node: ir.Node) -> bool:
     value = node.outputs[0]
     while (after := sole_consumer(value)) is not None and after.op_type in {"Add", "Reshape", "Transpose"}:
         value = after.outputs[0]
-    readers = [u.node.op_type for u in value.uses()]
-    return readers == ["Split"] or (len(readers) > 1 and set(readers) <= {"Gather", "Slice"})
+    readers = [u.node for u in value.uses()]
+    behind = [{u.node for v in n.outputs for u in v.uses()} for n in readers]
+    if any(n.op_type == "Concat" for n in set.intersection(*behind or [set()])):
+        return False  # A cyclic shift (torch.roll) takes a value apart and joins it again.
+    return [n.op_type for n in readers] == ["Split"] or (len(readers) > 1 and {n.op_type for n in readers} <= {"Gather", "Slice"})
 
 
 @rule(

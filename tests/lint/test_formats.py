@@ -170,6 +170,9 @@ def test_t3_joint_projections() -> None:
     split = head + "a, b, c = Split<axis=-1, num_outputs=3>(j) d = Mul(a, b) y = Mul(c, d) }"
     assert places(quantized(split, **codes(32, 96, axis=1)), "T3") == ["n_j"]
     assert places(quantized(head + "y = Neg(j) }", **codes(32, 32, axis=1)), "T3") == []
+    rolled = head + "a = Slice(j, i3, i16, i1) b = Slice(j, i0, i3, i1) y = Concat<axis=1>(a, b) }"
+    indices = {f"i{n}": np.array([n]) for n in (0, 1, 3, 16)}
+    assert places(quantized(rolled, **codes(32, 32, axis=1), **indices), "T3") == []
 
 
 def test_t5_casts_to_narrow_types() -> None:
