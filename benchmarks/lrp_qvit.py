@@ -259,12 +259,14 @@ def write(lines: Sequence[str]) -> None:
 def main() -> None:
     """Parse the command line, print the tables and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=list(MODELS), default=list(MODELS), help="default: all", metavar="MODEL")
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
     parser.add_argument("--images", type=int, default=2000, help="test images, from the first on")
     parser.add_argument("--keep", type=Path, metavar="JSON", help="a file that remembers figures of models measured before")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
+    if unknown := set(arguments.models) - set(MODELS):
+        parser.error(f"unknown models: {', '.join(sorted(unknown))}")
     if missing := [str(MODELS[name].relative_to(ROOT)) for name in arguments.models if not MODELS[name].exists()]:
         parser.error(f"{', '.join(missing)} is not there: python examples/vision_transformers/train_transformers.py trains it")
     size = f"{arguments.images} test images, {arguments.draws} draws of 32 calibration images"
