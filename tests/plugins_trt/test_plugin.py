@@ -128,3 +128,18 @@ def test_cmake_builds_the_library_with_its_kernels(tmp_path: Path) -> None:
     assert exported(built) == {"getCreators", "setLoggerFinder"}
     assert not {"nvinfer", "cudart"} & set(needed(built).replace("lib", " ").replace(".so", " ").split())
     check_registry(built)
+
+
+LOADING = """
+import sys
+import tensorrt_rtx as trt
+from deploycc.backends.nvinfer import load_library
+
+print(load_library(trt, sys.argv[1]), load_library(trt, "/nowhere.so"))
+"""
+
+
+def test_a_build_knows_whether_a_library_was_loaded(library: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    done = subprocess.run([sys.executable, "-c", LOADING, str(library)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False"], done.stdout + done.stderr
