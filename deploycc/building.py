@@ -51,7 +51,7 @@ def build_engines(job: Job, folder: Path) -> list[Engine]:
 def _build(job: Job, folder: Path, target: Target, gpu: Lock) -> Engine:
     backend = registry.backend(target.backend)
     out = folder / "engines" / f"{target.slug}{'.onnx' if target.backend == 'onnxruntime' else '.engine'}"
-    options = BuildOptions(job.request.timeout, job.request.workspace)
+    options = BuildOptions(job.request.timeout, job.request.workspace, job.request.dcn)
     with gpu if backend.doctor().get("needs_gpu") else nullcontext(), job.stage_beside(f"build {target}"):
         engine: Engine = backend.build(folder / "model.onnx", target, out=out, profiles=job.profiles, options=options)
         return engine

@@ -103,6 +103,7 @@ def build(
         float | None, typer.Option(metavar="SECONDS", help="Kill an engine build after this long; default by the number of nodes.")
     ] = None,
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Workspace of the target in MiB; default: the builder's.")] = None,
+    dcn: Annotated[str, typer.Option(metavar="HOW", help="DCNv3 in TensorRT: body, aot (PTX), or a plugin library's path.")] = "body",
     merge: Annotated[
         str, typer.Option(help="exact: merge layers where the result is one layer; all: also with constant border maps; off: never.")
     ] = "exact",
@@ -160,7 +161,7 @@ def build(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
         merge=merge, rescale=rescale, rounding=rounding, reparam=reparam, sensitivity=sensitivity, relevance_fallback=relevance_fallback,
-        verify_each=verify_each, dump=dump, plan=plan,
+        verify_each=verify_each, dump=dump, plan=plan, dcn=dcn,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())

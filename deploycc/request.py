@@ -113,6 +113,7 @@ class BuildRequest:
     verify_each: bool = False
     dump: Path | None = None
     plan: Path | None = None
+    dcn: str = "body"
     regions: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -206,6 +207,7 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     base, formats = formats_of_plan(plan, targets, at=f"--plan {request.plan}") if plan else formats_of_precision(precision, targets)
     formats = (*formats, *formats_on_request(overrides, formats, targets))
     _check_passes(request)
+    _check_dcn(request, targets)
     _check_simulation(request, budget)
     watch.stage("load")
     imported, records = _imported(request.model)
@@ -239,6 +241,14 @@ def _imported(path: Path) -> tuple[Artefact, list[PassRecord]]:
     artefact = load_model(path)
     model, records = run(artefact.model, [cls() for _, cls in registry.passes("import")], contract=SOUND)
     return (Artefact(model, artefact.stage) if any(r.rewrites for r in records) else artefact), records
+
+
+def _check_dcn(request: BuildRequest, targets: Sequence[Target]) -> None:
+    at = f"--dcn {request.dcn}"
+    if request.dcn not in ("body", "aot") and not Path(request.dcn).is_file():
+        raise UsageError(f"there is no plugin library '{request.dcn}'", at=at, fix="write body, aot, or the path of the built library")
+    if request.dcn != "body" and all(target.backend != "tensorrt" for target in targets):
+        raise UsageError("only TensorRT takes plugins", at=at, fix="add --target tensorrt, or leave --dcn out")
 
 
 def _check_passes(request: BuildRequest) -> None:

@@ -14,6 +14,7 @@ from deploycc.core.dcnv3 import DCNv3, attributes_of, function, make_node, provi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import ModuleType
 
     import onnx_ir as ir
     from numpy.typing import ArrayLike
@@ -32,6 +33,12 @@ class Dcnv3Plugin:
         from plugins_trt.dcnv3_torch import translations
 
         return translations()
+
+    def compile_ahead(self, trtp: ModuleType, *, arch: str) -> None:
+        """Register the kernel as PTX."""
+        from plugins_trt.dcnv3_aot import register
+
+        register(trtp, arch=arch)
 
     def complete(self, model: ir.Model) -> None:
         """Add the bodies of the operator's nodes."""

@@ -6,6 +6,7 @@ child's half (`build_in_child`) parses, builds and writes the engine. Precision 
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -96,6 +97,7 @@ def _request(
         "archs": list(archs),
         "shapes": {p.name: [list(p.minimum), list(p.optimum), list(p.maximum)] for p in profiles},
         "workspace": options.workspace,
+        "dcn": options.dcn if module == "tensorrt" else "body",
     }
 
 
@@ -198,7 +200,12 @@ def build_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
 def compile_engine(trt: ModuleType, request: Mapping[str, Any], logger: Any) -> list[dict[str, str]] | None:
     """Write the engine to ``request["partial"]``; return None, or the failures (an empty list when only the log knows)."""
     builder = trt.Builder(logger)
-    network = builder.create_network(network_flags(trt))
+    flags = network_flags(trt)
+    if request["dcn"] == "aot":
+        flags |= compile_plugins_ahead(trt)
+    elif request["dcn"] != "body" and not load_library(trt, request["dcn"]):
+        return [{"text": f"the plugin library {request['dcn']} was not loaded"}]
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request["model"]):
         return [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
@@ -223,6 +230,23 @@ def network_flags(trt: ModuleType) -> int:
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     is_ten = trt.__name__ == "tensorrt" and trt.__version__.split(".")[0] == "10"
     return 1 << int(strongly_typed) if is_ten and strongly_typed is not None else 0
+
+
+def load_library(trt: ModuleType, path: str) -> bool:
+    """Register the plugins of a library; return whether there are more than before."""
+    registry = trt.get_plugin_registry()
+    before = len(registry.all_creators)
+    registry.load_library(path)
+    return len(registry.all_creators) > before
+
+
+def compile_plugins_ahead(trt: ModuleType) -> int:
+    """Register every plugin that can be compiled into the engine, and return the creation flag that prefers them."""
+    from deploycc.backends.tensorrt import present_arch
+
+    for point in importlib.metadata.entry_points(group="deploycc.plugins"):
+        point.load()().compile_ahead(importlib.import_module(f"{trt.__name__}.plugin"), arch=f"sm_{present_arch()}")
+    return 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
 
 
 def set_archs(trt: ModuleType, config: Any, archs: Sequence[str]) -> None:

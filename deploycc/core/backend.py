@@ -19,10 +19,15 @@ Feeds = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Options of one engine build: seconds until the child is killed (None: by the graph's size), and the target's workspace in bytes."""
+    """Options of one engine build.
+
+    ``timeout`` is the seconds until the child is killed (None: by the graph's size), ``workspace`` the target's in bytes. ``dcn`` says how
+    TensorRT computes DCNv3: ``body``, ``aot``, or the path of a plugin library; other backends know the body only.
+    """
 
     timeout: float | None = None
     workspace: int | None = None
+    dcn: str = "body"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import onnx_ir as ir
 
 
@@ -16,6 +18,10 @@ class Plugin(Protocol):
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         """Return the ONNX exporter's table: an operator of PyTorch, and the function that makes nodes of it."""
+        ...
+
+    def compile_ahead(self, trtp: ModuleType, *, arch: str) -> None:
+        """Register with ``tensorrt.plugin``, so that the plugin's kernels become part of an engine for ``arch``."""
         ...
 
     def complete(self, model: ir.Model) -> None:
