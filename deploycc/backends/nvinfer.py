@@ -200,11 +200,11 @@ def build_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
 def compile_engine(trt: ModuleType, request: Mapping[str, Any], logger: Any) -> list[dict[str, str]] | None:
     """Write the engine to ``request["partial"]``; return None, or the failures (an empty list when only the log knows)."""
     builder = trt.Builder(logger)
-    flags = network_flags(trt)
-    if request["dcn"] == "aot":
+    flags, dcn = network_flags(trt), request.get("dcn", "body")
+    if dcn == "aot":
         flags |= compile_plugins_ahead(trt)
-    elif request["dcn"] != "body" and not load_library(trt, request["dcn"]):
-        return [{"text": f"the plugin library {request['dcn']} was not loaded"}]
+    elif dcn != "body" and not load_library(trt, dcn):
+        return [{"text": f"the plugin library {dcn} was not loaded"}]
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request["model"]):
