@@ -117,7 +117,8 @@ def test_option_of_the_wrong_type(refused: Callable[..., str]) -> None:
     [
         (
             ["--precision", "int3"],
-            "error: unknown precision 'int3'. Where: --precision. Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6.",
+            "error: unknown precision 'int3'. Where: --precision. "
+            "Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6.",
         ),
         (
             ["--target", "openvino"],
@@ -223,7 +224,7 @@ def test_passes_lists_every_entry_point_with_its_summary(run: Run) -> None:
     listed = {line.split()[1]: line.split(maxsplit=2) for line in lines}
     assert set(listed) == {point.name for point in entry_points(group="deploycc.passes")}
     assert all(
-        phase in {"canonicalize", "prepare", "reparameterize", "quantize", "lower"} and summary.endswith(".")
+        phase in {"import", "canonicalize", "prepare", "reparameterize", "quantize", "lower"} and summary.endswith(".")
         for phase, _, summary in listed.values()
     )
 
