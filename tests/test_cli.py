@@ -117,8 +117,10 @@ def test_option_of_the_wrong_type(refused: Callable[..., str]) -> None:
     [
         (
             ["--precision", "int3"],
-            "error: unknown precision 'int3'. Where: --precision. "
-            "Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6.",
+            (
+                "error: unknown precision 'int3'. Where: --precision. "
+                "Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6."
+            ),
         ),
         (
             ["--target", "openvino"],
