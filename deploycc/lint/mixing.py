@@ -58,7 +58,8 @@ def one_format_per_region(subject: Subject) -> Iterator[Place]:
     """Both operands of a weighted op, and all that share a region, have one format."""
     for region in subject.regions:
         anchors = subject.anchors(region)
-        asked = [{p.format for i in (0, 1) if (p := subject.operand(n, i)) is not None} for n in anchors]
+        # TensorRT reads UINT8 as INT8, which is another rule's matter (R3).
+        asked = [{p.format.removeprefix("u") for i in (0, 1) if (p := subject.operand(n, i)) is not None} for n in anchors]
         for node, formats in zip(anchors, asked, strict=True):
             if len(formats) > 1:
                 yield Place(node, f"its operands are quantized to {' and '.join(sorted(formats))}")

@@ -137,6 +137,7 @@ def test_x2_regions_alone() -> None:
 def test_x3_operands_of_two_formats() -> None:
     assert findings(conv(**EIGHT), "X3")[0].what == "its operands are quantized to fp8 and int8"
     assert places(conv(), "X3") == []
+    assert places(conv(z=np.uint8(0)), "X3") == []
 
 
 def test_x3_products_of_one_value() -> None:
