@@ -74,6 +74,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(path: Path, digest: str) -> None:
-    if not path.is_file() or digest_file(path) != digest:
-        what = "has changed since the build" if path.is_file() else "is missing"
-        raise UsageError(f"{path.name} {what}", at=str(path), fix="build again; only what was verified is bundled")
+    fix = "build again; only what was verified is bundled"
+    if not path.is_file():
+        raise UsageError(f"{path.name} is missing", at=str(path), fix=fix)
+    if digest_file(path) != digest:
+        raise UsageError(f"{path.name} has changed since the build", at=str(path), fix=fix)
