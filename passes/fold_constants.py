@@ -161,7 +161,7 @@ class _Sweep:
             return
         for old, result in zip(node.outputs, results, strict=True):
             name, old.name = old.name or "constant", None
-            tensor = result if not isinstance(result, np.ndarray) else ir.tensor(np.ascontiguousarray(result).reshape(result.shape))
+            tensor = result if not isinstance(result, np.ndarray) else ir.Tensor(np.ascontiguousarray(result).reshape(result.shape))
             old.replace_all_uses_with(self.initializer(name, tensor))
         self.graph.remove(node, safe=True)
         self.rewrites.append(Rewrite(node.name or "", what, proof))

@@ -112,8 +112,10 @@ def fresh_name(wanted: str, taken: set[str]) -> str:
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
     """Register a constant under a name derived from ``name`` that is free in the graph."""
-    name = fresh_name(name, set(graph.initializers) | {v.name or "" for v in graph.inputs})
-    tensor = ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
+    fed, wanted, number = {v.name for v in graph.inputs}, name, 1
+    while name in graph.initializers or name in fed:
+        name, number = f"{wanted}_{number}", number + 1
+    tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
     value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
