@@ -2,6 +2,7 @@
 
 #include <httplib.h>
 
+#include <atomic>
 #include <csignal>
 #include <cstring>
 
@@ -127,14 +128,18 @@ void serve(Engine& engine, const ServerOptions& options, const std::function<voi
     if (!bound || port < 0) {
         throw Refusal(Kind::usage, std::string("the address cannot be used (") + std::strerror(errno) + ")", options.host + ":" + std::to_string(options.port), "choose another --port or --host");
     }
-    std::thread stopper([&server] {
+    std::atomic<bool> is_finished{false};
+    std::thread stopper([&server, &is_finished] {
         const sigset_t signals = stop_signals();
         int number = 0;
         sigwait(&signals, &number);
+        // A signal may come before the server runs, and stopping a server that does not run yet does nothing.
+        while (!server.is_running() && !is_finished) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         server.stop();
     });
     ready(port);
     server.listen_after_bind();
+    is_finished = true;
     pthread_kill(stopper.native_handle(), SIGTERM);
     stopper.join();
 }
