@@ -132,8 +132,20 @@ def measure(arch: str) -> list[dict[str, Any]]:
     """Compile and run the GPU program; run it again under compute-sanitizer where that is installed."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "dcnv3_gpu")
-        subprocess.run([tool("nvcc"), "-std=c++17", "-O3", f"-arch={arch}", "-o", str(program), str(HERE / "dcnv3_gpu.cu")], check=True)
-        lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+        subprocess.run(
+            [
+                tool("nvcc"),
+                "-std=c++17",
+                "-O3",
+                f"-arch={arch}",
+                "-o",
+                str(program),
+                str(HERE / "dcnv3_gpu.cu"),
+                str(SOURCES / "dcnv3_launch.cu"),
+            ],
+            check=True,
+        )
+        lines = subprocess.run([str(program)], capture_output=True, text=True, check=False).stdout.splitlines()
         checker = shutil.which("compute-sanitizer")
         for check in ("memcheck", "racecheck", "initcheck") if checker else ():
             done = subprocess.run([str(checker), "--tool", check, str(program), "short"], capture_output=True, text=True, check=False)

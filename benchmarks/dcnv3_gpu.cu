@@ -1,12 +1,16 @@
 // Times the DCNv3 kernels on the four stages of InternImage-T in FP16, and checks each against the same code on the CPU.
 //
 //   dcnv3_gpu [short]     prints one JSON object per measurement; `short` runs each kernel once, for compute-sanitizer
+#include <cuda_fp16.h>
+
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <vector>
 
-#include "../plugins_trt/csrc/dcnv3_launch.cu"
+#include "../plugins_trt/csrc/dcnv3_launch.h"
 
 using namespace deploycc;
 

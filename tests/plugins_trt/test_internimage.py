@@ -76,6 +76,7 @@ def test_the_export_is_one_node_per_layer_and_computes_the_same(internimage: Mod
     assert max(relative(model, path, batch, 64) for batch in (1, 3)) <= 1e-4
 
 
+@pytest.mark.slow
 def test_the_large_form_exports_and_its_blend_is_fused(internimage: ModuleType, tmp_path: Path) -> None:
     """What only the billion-parameter model has, at a fraction of its size."""
     variant = internimage.Variant(32, (1, 4), post_norm=False, layer_scale=None, large=True, post_norm_every=1)
@@ -87,23 +88,25 @@ def test_the_large_form_exports_and_its_blend_is_fused(internimage: ModuleType, 
     assert report.verification[0]["sqnr_db"] > 100
 
 
-def test_every_precision_builds_and_offsets_stay_exact(internimage: ModuleType, tmp_path: Path) -> None:
+def test_builds_never_quantize_offsets(internimage: ModuleType, tmp_path: Path) -> None:
     path = EXAMPLE / "fashion.onnx"
     data = f"{ROOT / 'examples' / 'fashion' / 'cnn.calib.npz'}"
-    for precision in ("fp16", "int8", "mixed"):
+    for precision in ("fp16", "int8"):
         request = BuildRequest(model=path, precision=precision, data=data, targets=("onnxruntime",), out=tmp_path / precision)
         report, folder = build(request)
         lowered = load_model(folder / "model.onnx").model
         for node in nodes_of(lowered):
             assert (attributes_of(node).softmax, attributes_of(node).record) == (1, 1)
             assert node.inputs[1] is not None
-            assert node.inputs[1].dtype == ir.DataType.FLOAT16
+            # The base format on the CPU is FP32 but for --precision fp16.
+            base = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
+            assert node.inputs[1].dtype == base
             producer = node.inputs[1].producer()
             while producer is not None and producer.op_type != "MatMul":
                 producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
             assert producer is not None
             assert producer.inputs[1] is not None
-            assert producer.inputs[1].dtype == ir.DataType.FLOAT16, "the projection of offsets is not quantized (rule D2)"
+            assert producer.inputs[1].dtype == base, "the projection of offsets is not quantized (rule D2)"
         assert report.verification[0]["sqnr_db"] > (40 if precision == "fp16" else 15)
 
 
