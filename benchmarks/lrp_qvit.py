@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,12 +206,11 @@ def complete(known: Mapping[str, Any], name: str, count: int, images: int, show:
     figures = dict(known)
     for part, (bits, planted, mixed) in PARTS.items():
         if part not in figures:
-            start, of = time.perf_counter(), subject(name, images, planted=planted)
+            of = subject(name, images, planted=planted)
             with tempfile.TemporaryDirectory() as folder:
                 figures[part] = measure(
                     of, draws(of, count, Path(folder)), bits, mixed=mixed, show=lambda text, part=part: show(f"{part}: {text}")
                 )
-            figures["minutes"] = figures.get("minutes", 0.0) + (time.perf_counter() - start) / 60
             figures.setdefault("fp32", of.accuracy)
             yield figures
 
@@ -223,10 +221,9 @@ def report(results: Mapping[str, Any], size: str) -> list[str]:
     paper = {"paper: DeiT-S, ImageNet": (PAPER["fp32"], {way: [PAPER[way]] for way in ways if way in PAPER})}
     points = {part: {n: (r["fp32"], r[part][0]) for n, r in results.items() if part in r} for part in PARTS}
     decibels = {n: (None, r["four"][1]) for n, r in results.items()}
-    minutes = sum(r["minutes"] for r in results.values())
     both = {n: r["four"] for n, r in results.items()} | {f"{n}, planted": r["planted"] for n, r in results.items() if "planted" in r}
     return [
-        f"{size}, mean ± sd over draws; {minutes:.0f} minutes.",
+        f"{size}, mean ± sd over draws.",
         "",
         "Top-1 in percent, W4/A4:",
         "",
