@@ -285,7 +285,8 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="A model or a build directory: the reference.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another form of the same model.")],
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="As for build; with labels, the accuracy of both. Default: MODEL.calib.npz, or synthetic.")
+        str | None,
+        typer.Option(metavar="DATA", help="As for build; with labels, the accuracy of both. Default: MODEL.calib.npz, or synthetic."),
     ] = None,
     target: Annotated[str, typer.Option(metavar="T", help="Whose times are estimated; default tensorrt-rtx.")] = "",
     config: Annotated[Path | None, typer.Option(metavar="TOML", help="As for build: [preprocessing] for directories of images.")] = None,

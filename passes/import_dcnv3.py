@@ -25,8 +25,8 @@ class ImportDcnv3:
     """Import the nodes ``mmdeploy::TRTDCNv3`` that InternImage's own exporter writes.
 
     Why: such a file runs nowhere but in a TensorRT with mmdeploy's FP32 plugin. As ``deploycc::DCNv3`` it runs in ONNX Runtime, builds for
-    TensorRT-RTX, and can be quantized. Both versions of the operator are read: with 12 attributes and, from v1.1 on, with
-    ``remove_center`` as the 13th. ``im2col_step`` only splits the batch and has no meaning here.
+    TensorRT-RTX, and can be quantized. Both versions of the operator are read, with and without the attribute ``remove_center``.
+    The attribute ``im2col_step`` only splits the batch and has no meaning here.
 
     Before / After:
         ``TRTDCNv3<kernel_h=3, .., im2col_step=256>(x, offset, mask)`` / ``DCNv3<kernel_h=3, ..>(x, offset, mask)`` and its function

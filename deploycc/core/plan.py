@@ -160,7 +160,9 @@ def _assignment(entry: dict[str, Any], at: str) -> Assignment:
 
 def _rescale_json(rescale: Rescale) -> dict[str, Any]:
     """Return the numbers of all channels in one line each, with as many digits as they need to be read back."""
-    numbers = {name: " ".join(repr(v).removesuffix(".0") for v in values) for name, values in (("scale", rescale.scale), ("shift", rescale.shift))}
+    numbers = {
+        name: " ".join(repr(v).removesuffix(".0") for v in values) for name, values in (("scale", rescale.scale), ("shift", rescale.shift))
+    }
     return {"k": rescale.k, "gain_db": rescale.gain_db, **numbers}
 
 

@@ -22,6 +22,9 @@ VERBS = {
     "decompose",
     "import",
     "raise",
+    "rescale",
+    "round",
+    "simulate",
 }
 PARTS = ["Why:", "Before / After:", "Declines when:", "Options:", "See:"]
 OWN = [e for e in entry_points(group="deploycc.passes") if e.value.startswith("passes.")]

@@ -1,6 +1,6 @@
 """Write the seeds of the fuzzers: one sound input of each kind, and what the unit tests refuse.
 
-    python examples/serve_cpp/fuzz/seed.py CORPUS [BUNDLE]
+python examples/serve_cpp/fuzz/seed.py CORPUS [BUNDLE]
 """
 
 from __future__ import annotations
