@@ -104,43 +104,59 @@ def run(
 ) -> tuple[ir.Model, list[PassRecord]]:
     """Apply ``passes`` in order to a clone of ``model`` and check ``contract`` on the result.
 
-    Each pass is a transaction: it works on a clone, which replaces the graph only if the pass reports rewrites, the result is
-    sound, and no instrument objects. Otherwise it is rolled back, and its record says why.
+    Each pass is a transaction: what it did stays only if it reports rewrites, the result is sound, and no instrument objects. Otherwise
+    it is rolled back, and its record says why. Passes are deterministic, so the graph before a pass is made again, where it is needed,
+    by the passes that were kept; only instruments, which compare, have it cloned each time.
 
     Raises:
         PassCrashed: if a pass raises; the given model is untouched.
         ContractError: if the final graph breaks ``contract``.
     """
-    current, records, spare = model, [], None
+    current, records = model.clone(), []
+    kept: list[Pass] = []
     for each in passes:
-        current, spare, record = _transact(current, spare or current.clone(), each, instruments)
-        records.append(record)
-    check(current, contract, at=f"the result of {len(passes)} passes")
-    return current, records
+        before = current.clone() if instruments else None
+        nodes, start = current.graph.num_nodes(), time.perf_counter()
+        try:
+            result = _apply(each, current)
+        except DeployccError:
+            raise
+        except Exception as error:
+            raise PassCrashed(each, before or _again(model, kept), error) from error
+        seconds, objection = time.perf_counter() - start, _objection(each, before, current, instruments) if result.modified else ""
+        if objection:
+            current = before or _again(model, kept)
+        elif result.modified:
+            kept.append(each)
+        rewrites = () if objection else result.rewrites
+        records.append(PassRecord(repr(each), seconds, nodes, current.graph.num_nodes(), rewrites, result.declines, objection))
+    final = current if kept else model
+    check(final, contract, at=f"the result of {len(passes)} passes")
+    return final, records
 
 
-def _transact(
-    current: ir.Model, attempt: ir.Model, each: Pass, instruments: Sequence[Instrument]
-) -> tuple[ir.Model, ir.Model | None, PassRecord]:
-    """Apply one pass to ``attempt``, a clone of ``current``; return the graph to keep, a clone of it if there is one, and the record."""
-    before, start = current.graph.num_nodes(), time.perf_counter()
-    try:
-        result = each(attempt)
-        if result.modified:
-            attempt.graph.sort()
-            remove_unused_initializers(attempt.graph)
-    except DeployccError:
-        raise
-    except Exception as error:
-        raise PassCrashed(each, current, error) from error
-    seconds, objection = time.perf_counter() - start, ""
+def _apply(each: Pass, model: ir.Model) -> PassResult:
+    result = each(model)
     if result.modified:
-        objection = "; ".join(violations(attempt, SOUND)) or next(filter(None, (i.after(each, current, attempt) for i in instruments)), "")
-    kept = attempt if result.modified and not objection else current
-    rewrites = () if objection else result.rewrites
-    # A pass without rewrites has left its clone as it was, as the pass laws check, so the next pass can have it.
-    spare = None if result.modified else attempt
-    return kept, spare, PassRecord(repr(each), seconds, before, kept.graph.num_nodes(), rewrites, result.declines, objection)
+        model.graph.sort()
+        remove_unused_initializers(model.graph)
+    return result
+
+
+def _again(model: ir.Model, kept: Sequence[Pass]) -> ir.Model:
+    """Return what ``kept`` make of ``model``."""
+    clone = model.clone()
+    for each in kept:
+        _apply(each, clone)
+    return clone
+
+
+def _objection(each: Pass, before: ir.Model | None, result: ir.Model, instruments: Sequence[Instrument]) -> str:
+    """Return why a modified graph must be rolled back, or an empty string."""
+    found = "; ".join(violations(result, SOUND))
+    if found or before is None:
+        return found
+    return next(filter(None, (i.after(each, before, result) for i in instruments)), "")
 
 
 def check(model: ir.Model, contract: Contract, *, at: str) -> None:
