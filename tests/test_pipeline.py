@@ -96,7 +96,7 @@ class TestEveryPrecision:
         assert report["model"]["outputs"] == ["logits"]
         assert report["request"] == {"precision": precision, "targets": [target], "budget": "", "seed": 0, "strict": False, **PASS_OPTIONS}
         names = [p["spec"].split("(")[0] for p in report["passes"]]
-        assert names[-4:] == ["RoundWeights", "SimulateQuantizers", "InsertQdq", "InsertCasts"]
+        assert names[-5:] == ["RoundWeights", "SimulateQuantizers", "InsertQdq", "InsertCasts", "FuseDcnv3Quantizers"]
         assert {"spec", "seconds", "nodes_before", "nodes_after", "rewrites", "declines"} <= set(report["passes"][0])
         assert report["plan"]["weight_parameters"] > 300_000
         (row,) = report["verification"]
