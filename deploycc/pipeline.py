@@ -158,7 +158,8 @@ def _report_analysis(job: Job, analysis: Analysis) -> None:
 def _guarded(job: Job, canonical: Artefact, analysis: Analysis) -> tuple[PrecisionPlan, Artefact, list[str]]:
     """Decide, quantize, lower and verify until the budget holds or the rounds are over; return what the last round missed."""
     bound = first_noise_bound(job.budget)
-    front, known = list(job.report.passes), {}  # type: ignore[var-annotated]
+    front = list(job.report.passes)
+    known: dict[tuple[str, str], np.ndarray] = {}
     for attempt in range(1, GUARD_ROUNDS + 1):
         with job.stage("quantize"):
             try:

@@ -85,11 +85,7 @@ def _apply(site: Site, rescale: Rescale, taken: set[str]) -> Rewrite | Decline:
         return Decline(anchor, "NUMERIC", f"the plan has {scale.size} scales for {site.channels} channels, or one that is not positive")
     if np.any(shift) and not site.is_centrable:
         return Decline(anchor, "NUMERIC", "the plan has shifts, and a reader pads with zeros")
-    weights = [reader.matrix() / scale[:, None] for reader in site.readers]
-    if not all(
-        np.isfinite(w).all() and np.abs(w).max() <= max(LARGEST_HALF, np.abs(r.matrix()).max())
-        for w, r in zip(weights, site.readers, strict=True)
-    ):
+    if not all(_fits(reader.matrix(), scale) for reader in site.readers):
         return Decline(anchor, "NUMERIC", "a weight would not be finite, or exceeds what FP16 holds")
     for reader in site.readers:
         _follow(reader, scale, shift, taken)
@@ -97,6 +93,12 @@ def _apply(site: Site, rescale: Rescale, taken: set[str]) -> Rewrite | Decline:
     names = ", ".join(f"'{r.node.name}'" for r in site.readers)
     what = f"{int((scale < 1).sum())} of {site.channels} channels made smaller, by up to {1 / scale.min():.3g}; {names} take the difference"
     return Rewrite(anchor, what, _PROOF)
+
+
+def _fits(weight: np.ndarray, scale: np.ndarray) -> bool:
+    """Return whether the rescaled weight is finite and within FP16, or no larger than it was."""
+    largest = np.abs(weight / scale[:, None]).max()
+    return bool(np.isfinite(largest) and largest <= max(LARGEST_HALF, np.abs(weight).max()))
 
 
 def _follow(reader: Reader, scale: np.ndarray, shift: np.ndarray, taken: set[str]) -> None:

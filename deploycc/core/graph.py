@@ -121,6 +121,14 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.Dat
     return value
 
 
+def append_node(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """Put a named node at the end of the graph; its only output gets a name from it and the type of its first input."""
+    output = node.outputs[0]
+    output.name, output.type = f"{node.name}_out", node.inputs[0].type if node.inputs[0] is not None else None
+    graph.append(node)
+    return output
+
+
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of ``old`` read ``new``; a graph output keeps its name, type and shape."""
     graph = new.graph or old.graph

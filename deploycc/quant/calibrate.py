@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploycc.core.errors import UsageError
-from deploycc.core.graph import FLOAT_TYPES
+from deploycc.core.graph import FLOAT_TYPES, add_initializer, append_node
 from deploycc.quant.observers import Observer
 
 if TYPE_CHECKING:
@@ -137,9 +137,12 @@ def _add_sample(graph: ir.Graph, probes: dict[str, tuple[str, str]], value: ir.V
     flat = value
     if axis:
         order = [axis, *(i for i in range(len(shape)) if i != axis)]
-        flat = _inserted(graph, ir.node("Transpose", [flat], {"perm": order}, name=f"probe_turn_{len(probes)}"))
-    flat = _inserted(graph, ir.node("Flatten", [flat], {"axis": 1}, name=f"probe_flat_{len(probes)}"))
-    bounds = [_constant(graph, f"probe_{len(probes)}_{k}", v) for k, v in (("start", 0), ("end", 2**62), ("axis", 1), ("step", stride))]
+        flat = append_node(graph, ir.node("Transpose", [flat], {"perm": order}, name=f"probe_turn_{len(probes)}"))
+    flat = append_node(graph, ir.node("Flatten", [flat], {"axis": 1}, name=f"probe_flat_{len(probes)}"))
+    bounds = [
+        add_initializer(graph, f"probe_{len(probes)}_{k}", np.array([v], np.int64))
+        for k, v in (("start", 0), ("end", 2**62), ("axis", 1), ("step", stride))
+    ]
     _probe(graph, probes, ir.node("Slice", [flat, *bounds]), name, "sample")
 
 
@@ -147,16 +150,3 @@ def _batch_axis(graph: ir.Graph, shape: Sequence[object]) -> int:
     """Return the axis that counts images: the one named like the batch of an input, else the first."""
     names = {str(v.shape[0]) for v in graph.inputs if v.shape is not None and len(v.shape) and not isinstance(v.shape[0], int)}
     return next((i for i, d in enumerate(shape) if str(d) in names), 0)
-
-
-def _inserted(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    node.outputs[0].name, node.outputs[0].type = f"{node.name}_out", node.inputs[0].type if node.inputs[0] is not None else None
-    graph.append(node)
-    return node.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    tensor = ir.tensor(np.array([number], np.int64), name=name)
-    value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
-    graph.register_initializer(value)
-    return value

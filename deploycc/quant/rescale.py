@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.core.convolution import Refusal
 from deploycc.core.dimensions import Dim, dimensions, product
 from deploycc.core.formats import INT8, Format
-from deploycc.core.graph import add_initializer
+from deploycc.core.graph import add_initializer, append_node
 from deploycc.core.quantizers import activation_scale, decode, encode, largest_code, quantize_weight
 from deploycc.core.rescaling import Rescale, Site, find_site
 from deploycc.quant.observers import Observer, clip_limit
@@ -75,7 +74,7 @@ def _sites(model: ir.Model) -> list[Site]:
     found: dict[str, Site] = {}
     for node in model.graph:
         site = find_site(node)
-        if site is not None and not isinstance(site, Refusal) and site.source.name:
+        if isinstance(site, Site) and site.source.name:
             found.setdefault(site.source.name, site)
     return list(found.values())
 
@@ -114,21 +113,21 @@ def _with_probes(model: ir.Model, sites: Sequence[Site], rows: int) -> tuple[ir.
         axes = add_initializer(graph, f"channels_{i}_axes", np.array(others, np.int64))
         outputs = []
         for op in ("ReduceMin", "ReduceMax"):
-            node = ir.node(op, [value, axes], {"keepdims": 0})
+            node = ir.node(op, [value, axes], {"keepdims": 0}, name=f"channels_{i}_{op}")
             if graph.opset_imports.get("", 0) < 18:
-                node = ir.node(op, [value], {"keepdims": 0, "axes": others})
-            outputs.append(_appended(graph, node, f"channels_{i}_{op}"))
+                node = ir.node(op, [value], {"keepdims": 0, "axes": others}, name=f"channels_{i}_{op}")
+            outputs.append(append_node(graph, node))
         last = value
         if site.axis != size - 1:
-            last = _appended(graph, ir.node("Transpose", [value], {"perm": [*others, site.axis]}), f"channels_{i}_last")
+            last = append_node(graph, ir.node("Transpose", [value], {"perm": [*others, site.axis]}, name=f"channels_{i}_last"))
         positions = _positions(site, _batch_of(graph))
         shape = add_initializer(graph, f"channels_{i}_shape", np.array([-1, positions, site.channels], np.int64))
-        flat = _appended(graph, ir.node("Reshape", [last, shape]), f"channels_{i}_flat")
+        flat = append_node(graph, ir.node("Reshape", [last, shape], name=f"channels_{i}_flat"))
         bounds = [
             add_initializer(graph, f"channels_{i}_{k}", np.array([v], np.int64)) for k, v in (("start", 0), ("end", 2**62), ("axis", 1))
         ]
         step = add_initializer(graph, f"channels_{i}_step", np.array([max(1, positions // rows)], np.int64))
-        outputs.append(_appended(graph, ir.node("Slice", [flat, *bounds, step]), f"channels_{i}_rows"))
+        outputs.append(append_node(graph, ir.node("Slice", [flat, *bounds, step], name=f"channels_{i}_rows")))
         graph.outputs.extend(outputs)
         names.append((outputs[0].name or "", outputs[1].name or "", outputs[2].name or ""))
     return clone, names
@@ -150,13 +149,6 @@ def _positions(site: Site, batch: int) -> int:
     return max(1, total // batch)
 
 
-def _appended(graph: ir.Graph, node: ir.Node, name: str) -> ir.Value:
-    node.name, node.outputs[0].name = name, f"{name}_out"
-    node.outputs[0].type = node.inputs[0].type if node.inputs[0] is not None else None
-    graph.append(node)
-    return node.outputs[0]
-
-
 def _choose(site: Site, channels: Channels, base: Format) -> Rescale | None:
     """Return the best rescale of one site, or None where nothing gains enough."""
     weight = np.concatenate([reader.matrix() for reader in site.readers], axis=1).astype(np.float32)
@@ -165,10 +157,9 @@ def _choose(site: Site, channels: Channels, base: Format) -> Rescale | None:
     if not np.isfinite(power) or power == 0.0:
         return None
     plain = float(np.sum((_quantized(channels.rows, channels, base) @ _quantized_weight(weight, base) - exact) ** 2))
-    trials = list(_trials(site, channels))
-    best = min(trials, key=lambda trial: _estimate(weight, channels, trial, base), default=None)
-    if best is None or plain == 0.0:
+    if plain == 0.0:
         return None
+    best = min(_trials(site, channels), key=lambda trial: _estimate(weight, channels, trial, base))
     scale, shift = _arrays(best)
     moved = _moved(channels, scale, shift)
     built = _quantized(moved.rows, moved, base) @ _quantized_weight(weight / scale[:, None], base) + shift @ weight
