@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.linalg import cholesky
+from scipy.linalg.lapack import dtrtri
 
 from deploycc.core.formats import INT8, Format
 from deploycc.core.graph import attribute, constant, int_attribute, ints_attribute
@@ -35,7 +37,7 @@ ROWS = 128  # of the inputs of one layer, per image
 WIDEST = 4608  # inputs of a layer; a wider one is rounded to nearest, since its Gram matrix would not be worth its memory
 DAMPING = 0.01
 SHRINKS = np.linspace(1.0, 0.7, 13)
-_BLOCK = 128
+_BLOCK = 32
 _TOGETHER = 64  # groups of layers whose inputs leave the runtime in one pass
 
 
@@ -130,27 +132,37 @@ def rounded(weight: np.ndarray, gram: np.ndarray, *, format: Format, base: Forma
     energy = np.diag(gram)
     step = _steps(weight, energy, format, base)
     order = np.argsort(-energy, kind="stable")
-    turned = gram[np.ix_(order, order)] + np.diag(np.full(len(gram), DAMPING * max(float(energy.mean()), 1e-30)))
-    # The upper Cholesky factor of the inverse holds, row by row, how an error spreads to what is still to be rounded.
-    upper = np.linalg.cholesky(np.linalg.inv(turned)).T
-    left, result = weight[order].copy(), np.empty_like(weight)
+    upper = _inverse_factor(gram[np.ix_(order, order)] + np.diag(np.full(len(gram), DAMPING * max(float(energy.mean()), 1e-30))))
+    left = weight[order] / step  # what is still to be rounded, in codes
+    codes = np.empty_like(left)
     for start in range(0, len(left), _BLOCK):
         stop = min(start + _BLOCK, len(left))
         errors = np.empty((stop - start, weight.shape[1]))
         for i in range(start, stop):
-            result[i] = _on_grid(left[i], step, format)
-            errors[i - start] = (left[i] - result[i]) / upper[i, i]
-            left[i + 1 : stop] -= np.outer(upper[i, i + 1 : stop], errors[i - start])
+            codes[i] = _codes(left[i], format)
+            errors[i - start] = (left[i] - codes[i]) / upper[i, i]
+            left[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
         left[stop:] -= upper[start:stop, stop:].T @ errors
-    back = np.empty_like(result)
-    back[order] = result
+    back = np.empty_like(codes)
+    back[order] = codes * step
     return _anchored(back, step, format)
 
 
-def _on_grid(values: np.ndarray, step: np.ndarray, format: Format) -> np.ndarray:
+def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
+    """Return the upper ``U`` with ``U^T U = matrix^-1``: row by row, how an error spreads to what is still to be rounded.
+
+    With rows and columns in reverse, ``matrix = M M^T``, and ``U`` is the inverse of ``M`` turned back: no full inverse is needed.
+    """
+    lower = cholesky(matrix[::-1, ::-1], lower=True, check_finite=False)
+    inverse, _ = dtrtri(lower, lower=1)
+    return np.ascontiguousarray(inverse[::-1, ::-1])
+
+
+def _codes(scaled: np.ndarray, format: Format) -> np.ndarray:
+    """Return the codes of values that are in units of their step, as floating-point numbers of the same type."""
     top = largest_code(format)
-    codes = np.clip(values / step, -top, top)
-    return np.asarray((np.rint(codes) if format == INT8 else codes.astype(ml_dtypes.float8_e4m3fn).astype(values.dtype)) * step)
+    codes = np.minimum(np.maximum(scaled, -top), top)
+    return np.rint(codes) if format == INT8 else np.asarray(codes.astype(ml_dtypes.float8_e4m3fn).astype(scaled.dtype))
 
 
 def _steps(weight: np.ndarray, energy: np.ndarray, format: Format, base: Format) -> np.ndarray:
@@ -164,7 +176,8 @@ def _steps(weight: np.ndarray, energy: np.ndarray, format: Format, base: Format)
     best, least = np.ones(weight.shape[1]), np.full(weight.shape[1], np.inf)
     for shrink in SHRINKS:
         step = round_scale(shrink * largest / largest_code(INT8), base).astype(np.float64)
-        error = energy @ (_on_grid(weight, step, format) - weight) ** 2
+        scaled = weight / step
+        error = step**2 * (energy @ (_codes(scaled, format) - scaled) ** 2)
         better = error < least
         best, least = np.where(better, step, best), np.where(better, error, least)
     return best
@@ -216,10 +229,10 @@ def _grams(model: ir.Model, layers: Sequence[Layer], data: Dataset, reference: R
     for feeds in data.batches(batch):
         seen: Mapping[str, np.ndarray] = {**run(feeds, [s for s in sources if s not in fed]), **feeds}
         for i, layer in enumerate(layers):
-            rows = _on_grid(layer.rows(seen[layer.source]), np.array(layer.scale, np.float32), layer.format)
+            rows = _codes(layer.rows(seen[layer.source]) / np.float32(layer.scale), layer.format)
             totals[i] = totals[i] + (rows.T @ rows).astype(np.float64)
             counts[i] += len(rows)
-    return (np.asarray(total) / max(count, 1) for total, count in zip(totals, counts, strict=True))
+    return (np.asarray(total) * (layer.scale**2 / max(n, 1)) for layer, total, n in zip(layers, totals, counts, strict=True))
 
 
 def _columns(node: ir.Node, weight: np.ndarray) -> np.ndarray:
