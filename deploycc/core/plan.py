@@ -63,6 +63,7 @@ class PrecisionPlan:
     reason. ``scales`` maps an activation to its scale per quantized format (per tensor, symmetric). ``rescales`` maps a normalization
     to the scale and shift per channel that move into its readers before anything is quantized. ``quantizers`` maps an activation
     to its quantizer per simulated format (paper mode).
+    ``calibration`` names the way in which INT8 scales were chosen, empty where nothing was calibrated.
     ``rounded_on`` is the digest of the data on which weights are rounded for the outputs of their layers, empty where they go to their
     nearest codes.
     """
@@ -75,6 +76,7 @@ class PrecisionPlan:
     rescales: Mapping[str, Rescale] = field(default_factory=dict)
     quantizers: Mapping[str, Mapping[str, Quantizer]] = field(default_factory=dict)
     rounded_on: str = ""
+    calibration: str = ""
 
     def format_of(self, node: str) -> Format:
         """Return the format in which a node computes."""
@@ -101,6 +103,7 @@ class PrecisionPlan:
             "schema": SCHEMA,
             "model": self.model,
             "base": self.base.name,
+            "calibration": self.calibration,
             "rounded_on": self.rounded_on,
             "average_bits": round(self.average_bits(), 4),
             "regions": [_assignment_json(a) for a in self.assignments],
@@ -130,6 +133,7 @@ class PrecisionPlan:
                 islands=body["islands"],
                 model=body.get("model", ""),
                 rounded_on=body.get("rounded_on", ""),
+                calibration=body.get("calibration", ""),
                 rescales={name: _rescale(entry) for name, entry in body.get("rescales", {}).items()},
                 quantizers={v: {f: quantizer_from_json(q) for f, q in by.items()} for v, by in body.get("quantizers", {}).items()},
             )

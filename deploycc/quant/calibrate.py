@@ -30,11 +30,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Observers by value name, and where they come from."""
+    """Observers by value name, and where they come from; ``cached`` if an earlier build observed them."""
 
     observers: dict[str, Observer]
     samples: int
     seconds: float
+    cached: bool = False
 
 
 def calibrate(

@@ -14,10 +14,10 @@ from deploycc.core.quantizers import activation_scale
 from deploycc.core.rescaling import Rescale
 from deploycc.quant.allocate import allocate, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
+from deploycc.quant.clipping import DEFAULT, Clipping, clip_limit
 from deploycc.quant.cost import estimate_all, machine_of
 from deploycc.quant.islands import decision_islands, sampling_islands
 from deploycc.quant.methods import Question, method_named
-from deploycc.quant.observers import clip_limit
 from deploycc.quant.overrides import Override, islands_of_overrides, settle
 from deploycc.quant.regions import partition
 
@@ -58,6 +58,7 @@ class Analysis:
     settled: PrecisionPlan | None = None
     meaning: str = ""
     forced: Mapping[str, Override] = field(default_factory=dict)
+    clipping: Clipping = DEFAULT
 
     @property
     def noise(self) -> Mapping[str, Mapping[str, float]]:
@@ -118,6 +119,8 @@ def analyse(
     sensitivity: str = "sqnr",
     fallback: str | None = None,
     overrides: Sequence[Override] = (),
+    clipping: Clipping = DEFAULT,
+    known: Statistics | None = None,
 ) -> Analysis:
     """Partition and, where formats are to be inserted, calibrate; where they are to be chosen, score.
 
@@ -137,6 +140,8 @@ def analyse(
         sensitivity: how regions are scored, by name (``deploycc.quant.methods``).
         fallback: how relevance passes an operator without a rule: ``gradient``, or None to refuse.
         overrides: what the user decided about regions.
+        clipping: how far the range of an activation reaches.
+        known: statistics of the same graph on the same data, if there are any; of the same values, they spare the pass over the data.
 
     Raises:
         UsageError: for an unknown sensitivity, where the model cannot be scored by it, or for an override that fits no region.
@@ -144,17 +149,21 @@ def analyse(
     method = method_named(sensitivity)
     regions, forced = settle(partition(model), overrides, base=base)
     analysis = Analysis(
-        regions, base, tuple(formats), target, batch, digest, sensitivity=sensitivity, rescales=rescales or {}, forced=forced
-    )
+        regions, base, tuple(formats), target, batch, digest,
+        sensitivity=sensitivity, rescales=rescales or {}, forced=forced, clipping=clipping,
+    )  # fmt: skip
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
     analysis.islands |= islands_of_overrides(regions, forced, base=base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
     if formats:
-        values = list(dict.fromkeys(v for r in eligible for v in (*r.activations, *r.residuals)))
+        # Of every region, whatever formats are on offer, so that another format finds its ranges known.
+        values = list(dict.fromkeys(v for r in analysis.regions if r.formats for v in (*r.activations, *r.residuals)))
         with stage("calibrate"):
-            analysis.statistics = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
-        analysis.scales = scales_of(analysis.statistics, eligible, formats, base, softmax=_softmax_outputs(model))
+            if known is None or set(known.observers) != set(values):
+                known = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
+            analysis.statistics = known
+            analysis.scales = scales_of(known, eligible, formats, base, softmax=_softmax_outputs(model), clipping=clipping)
     if formats and choose:
         limits = SCORING_SAMPLES if method.sweeps is None else SWEEPING_SAMPLES
         few = data.take(_scoring_samples(analysis.regions, runs=method.sweeps or len(eligible) * len(formats), limits=limits))
@@ -173,7 +182,13 @@ def _scoring_samples(regions: Sequence[Region], *, runs: int, limits: tuple[int,
 
 
 def scales_of(
-    statistics: Statistics, regions: Sequence[Region], formats: Sequence[Format], base: Format, *, softmax: frozenset[str]
+    statistics: Statistics,
+    regions: Sequence[Region],
+    formats: Sequence[Format],
+    base: Format,
+    *,
+    softmax: frozenset[str],
+    clipping: Clipping = DEFAULT,
 ) -> dict[str, dict[str, float]]:
     """Return the scale of every activation in every format that some region may use; FP8 softmax is fixed (F4)."""
     scales: dict[str, dict[str, float]] = {}
@@ -183,7 +198,7 @@ def scales_of(
                 if format.name not in region.formats or format.name in scales.get(name, {}):
                     continue
                 observer = statistics.observers[name]
-                limit = 1.0 if name in softmax and format == FP8 else clip_limit(observer, format)
+                limit = 1.0 if name in softmax and format == FP8 else clip_limit(observer, format, clipping)
                 scales.setdefault(name, {})[format.name] = activation_scale(limit, format, base)
     return scales
 
@@ -219,8 +234,9 @@ def decide(analysis: Analysis, *, precision: str, budget: Budget, noise_bound: f
     used = {(v, a.format.name) for a in assignments for v in (*a.region.activations, *a.region.residuals) if a.format.is_quantized}
     scales = {v: {f: s for f, s in by.items() if (v, f) in used} for v, by in analysis.scales.items()}
     return PrecisionPlan(
-        analysis.base, assignments, {v: by for v, by in scales.items() if by}, dict(analysis.islands), analysis.digest, analysis.rescales
-    )
+        analysis.base, assignments, {v: by for v, by in scales.items() if by}, dict(analysis.islands), analysis.digest, analysis.rescales,
+        calibration=str(analysis.clipping) if analysis.formats else "",
+    )  # fmt: skip
 
 
 def _overridden(assignment: Assignment, override: Override | None) -> Assignment:

@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deploycc.core.formats import FP8, INT8, Format
-from deploycc.core.quantizers import largest_code
-
 BINS = 4096
 
 
@@ -41,9 +38,9 @@ class Histogram:
         self.exponent += steps
 
     @property
-    def centers(self) -> np.ndarray:
-        """Return the middle of every bin."""
-        return (np.arange(BINS) + 0.5) * (2.0**self.exponent / BINS)
+    def width(self) -> float:
+        """Return the width of a bin."""
+        return float(2.0**self.exponent / BINS)
 
 
 @dataclass(slots=True)
@@ -62,22 +59,3 @@ class Observer:
     def extend(self, low: float, high: float) -> None:
         """Take in the extremes of another batch."""
         self.low, self.high = min(self.low, low), max(self.high, high)
-
-
-def clip_limit(observer: Observer, format: Format, *, candidates: int = 80) -> float:
-    """Return the range limit with the least mean squared error for ``format``.
-
-    INT8: the limit trades rounding against saturation; every ``c`` in ``(0.2..1] * max`` is tried on the histogram. FP8 has
-    a floating step, so its limit is the maximum itself (amax / 448).
-    """
-    limit = observer.limit
-    if format == FP8 or limit == 0.0 or not observer.histogram.counts.any():
-        return limit
-    centers, counts = observer.histogram.centers, observer.histogram.counts
-    used = counts > 0
-    centers, counts = centers[used], counts[used]
-    trials = limit * np.linspace(1.0, 0.2, candidates)
-    steps = (trials / largest_code(INT8))[:, None]
-    codes = np.minimum(np.rint(centers[None] / steps), largest_code(INT8))
-    errors = ((codes * steps - centers[None]) ** 2 * counts[None]).sum(1)
-    return float(trials[int(np.argmin(errors))])

@@ -19,7 +19,8 @@ from deploycc.core.formats import INT8, Format
 from deploycc.core.graph import add_initializer, append_node
 from deploycc.core.quantizers import activation_scale, decode, encode, largest_code, quantize_weight
 from deploycc.core.rescaling import Rescale, Site, find_site
-from deploycc.quant.observers import Observer, clip_limit
+from deploycc.quant.clipping import clip_limit
+from deploycc.quant.observers import Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
