@@ -9,9 +9,10 @@ from small_graphs import compute, dataset, graph, random, weight
 from deploycc.backends.onnxruntime import OnnxRuntime
 from deploycc.core.formats import FP8, FP16, FP32, INT8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan
-from deploycc.core.quantizers import decode, quantize_weight
+from deploycc.core.quantizers import decode, largest_code, quantize_weight
+from deploycc.quant.layers import Layer
 from deploycc.quant.regions import partition
-from deploycc.quant.rounding import Layer, round_weights, rounded
+from deploycc.quant.rounding import SAMPLES, round_weights, rounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,3 +145,33 @@ def test_a_shared_weight_and_a_grouped_convolution_are_left_alone(tmp_path: Path
     grouped = graph("(float[B,32,6,6] x) => (float[B,32,4,4] y) { y = Conv<group=32>(x, w) }", w=weight(32, 1, 3, 3))
     images = dataset(tmp_path, grouped, x=random(4, 32, 6, 6))
     assert round_weights(grouped, plan_of(grouped, INT8), images, reference=OnnxRuntime()) == {}
+
+
+@FORMATS
+@pytest.mark.parametrize("body", ["h = MatMul(x, w) y = Add(h, b)", "y = Add(b, h)", "y = Gemm(x, w, b)"])
+def test_the_bias_takes_up_the_mean_error(tmp_path: Path, body: str, format: Format) -> None:
+    body = body if "x, w" in body else f"h = MatMul(x, w) {body}"
+    model = graph(f"(float[B,{C}] x) => (float[B,32] y) {{ {body} }}", w=weight(C, 32), b=weight(32, seed=7))
+    # Clipped on one side, the inputs lose much of their mean.
+    x = np.abs(correlated(SAMPLES)).astype(np.float32)
+    found = round_weights(model, plan_of(model, format), dataset(tmp_path, model, x=x), reference=OnnxRuntime())
+    assert set(found) == {"w", "b"}
+    top = 0.05 * largest_code(format)
+    clipped = np.clip(x, -top, top) if format == FP8 else np.clip(np.rint(x / 0.05), -127, 127) * 0.05
+    wanted = (x @ weight(C, 32) + weight(32, seed=7)).mean(0)
+    got = (clipped @ found["w"] + found["b"]).mean(0)
+    assert np.abs(got - wanted).max() < (0.02 if format == FP8 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = MatMul(x, w) y = Add(h, b) z = Mul(h, h)",  # the product is read elsewhere
+        "h = MatMul(x, w) g = Add(h, b) z = Add(g, b) y = Identity(g)",  # so is the bias
+        "y = Gemm<beta=2.0>(x, w, b) z = Relu(y)",
+    ],
+)
+def test_a_bias_that_is_not_the_layers_own_stays(tmp_path: Path, body: str) -> None:
+    model = graph(f"(float[B,{C}] x) => (float[B,32] y, float[B,32] z) {{ {body} }}", w=weight(C, 32), b=weight(32, seed=7))
+    data = dataset(tmp_path, model, x=correlated(64).astype(np.float32))
+    assert set(round_weights(model, plan_of(model, INT8), data, reference=OnnxRuntime())) == {"w"}
