@@ -9,8 +9,8 @@ from small_graphs import compute, dataset, graph, random, weight
 from deploycc.backends.onnxruntime import OnnxRuntime
 from deploycc.core.formats import FP8, FP16, FP32, INT8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan
-from deploycc.core.quantizers import decode, largest_code, quantize_weight
-from deploycc.quant.layers import Layer
+from deploycc.core.quantizers import decode, quantize_weight
+from deploycc.quant.layers import Layer, codes_of
 from deploycc.quant.regions import partition
 from deploycc.quant.rounding import SAMPLES, round_weights, rounded
 
@@ -156,11 +156,10 @@ def test_the_bias_takes_up_the_mean_error(tmp_path: Path, body: str, format: For
     x = np.abs(correlated(SAMPLES)).astype(np.float32)
     found = round_weights(model, plan_of(model, format), dataset(tmp_path, model, x=x), reference=OnnxRuntime())
     assert set(found) == {"w", "b"}
-    top = 0.05 * largest_code(format)
-    clipped = np.clip(x, -top, top) if format == FP8 else np.clip(np.rint(x / 0.05), -127, 127) * 0.05
+    quantized = codes_of(x / np.float32(0.05), format) * 0.05
     wanted = (x @ weight(C, 32) + weight(32, seed=7)).mean(0)
-    got = (clipped @ found["w"] + found["b"]).mean(0)
-    assert np.abs(got - wanted).max() < (0.02 if format == FP8 else 1e-4)
+    got = (quantized @ found["w"] + found["b"]).mean(0)
+    assert np.abs(got - wanted).max() < 1e-4
 
 
 @pytest.mark.parametrize(
