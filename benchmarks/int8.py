@@ -1,6 +1,7 @@
 """What rescaling normalizations and rounding weights together bring, alone and both: SQNR and accuracy of INT8 on held-out data.
 
     python benchmarks/int8.py                                                   # the models of examples/
+    python benchmarks/int8.py --planted      # the transformers with the outliers that benchmarks/lrp_qvit.py plants
     python benchmarks/int8.py model.onnx --data calib.npz --eval test.npz --precisions int8 fp8 mixed
 
 SQNR is that of 128 held-out samples against the FP32 original, accuracy that of ``--images`` labelled ones. Seconds are those of the two
@@ -17,9 +18,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import lrp_qvit
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from deploycc.interop import save_model
 
 ROOT = Path(__file__).parent.parent
 EVALUATION = ROOT / "examples/fashion/eval.npz"
@@ -29,6 +33,15 @@ def calibration_of(model: Path) -> Path:
     """Return the data beside a model, or that of the example whose images the models of examples/ share."""
     beside = model.with_suffix(".calib.npz")
     return beside if beside.exists() else ROOT / "examples/fashion/vit.calib.npz"
+
+
+def planted(folder: Path) -> list[Path]:
+    """Write the transformers of examples/ with outlier channels behind every normalization, the same functions; return the files."""
+    found = []
+    for name in lrp_qvit.MODELS:
+        found.append(folder / f"{name}-planted.onnx")
+        save_model(lrp_qvit.subject(name, 1, planted=True).canonical.model, found[-1])
+    return found
 
 
 def fewer(path: Path, images: int, folder: Path) -> Path:
@@ -42,6 +55,7 @@ def main() -> None:
     """Build each variant and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("--planted", action="store_true")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--eval", type=Path, default=EVALUATION)
     parser.add_argument("--images", type=int, default=2000)
@@ -56,7 +70,7 @@ def main() -> None:
     table = Table("model", "precision", "rescale", "rounding", "SQNR dB", "FP32 %", "built %", "rescale s", "quantize s")
     with tempfile.TemporaryDirectory() as name:
         labelled = fewer(arguments.eval, arguments.images, Path(name))
-        for model in arguments.models or shipped:
+        for model in arguments.models or (planted(Path(name)) if arguments.planted else shipped):
             for precision, rescale, rounding in itertools.product(arguments.precisions, ("off", "auto"), ("nearest", "auto")):
                 if precision == "fp8" and rescale == "auto":
                     continue  # FP8 has a floating step, and nothing is rescaled for it.
