@@ -94,7 +94,8 @@ def build(
         Path | None,
         typer.Option(
             metavar="TOML",
-            help="deploycc.toml: [preprocessing] says how a directory of images is read, [regions] which format regions have by pattern.",
+            help="deploycc.toml: [preprocessing] says how a directory of images is read, [calibration] how far ranges reach, [regions] "
+            "which format regions have by pattern.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of synthetic data.")] = 0,
@@ -104,6 +105,14 @@ def build(
     ] = None,
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Workspace of the target in MiB; default: the builder's.")] = None,
     dcn: Annotated[str, typer.Option(metavar="HOW", help="DCNv3 in TensorRT: body, aot (PTX), or a plugin library's path.")] = "body",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="How far INT8 ranges reach: mse (default), minmax, entropy, percentile or percentile:P. Where DIR holds the ranges of the "
+            "same model and data, another way needs no second pass.",
+        ),
+    ] = None,
     merge: Annotated[
         str, typer.Option(help="exact: merge layers where the result is one layer; all: also with constant border maps; off: never.")
     ] = "exact",
@@ -161,7 +170,7 @@ def build(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
         merge=merge, rescale=rescale, rounding=rounding, reparam=reparam, sensitivity=sensitivity, relevance_fallback=relevance_fallback,
-        verify_each=verify_each, dump=dump, plan=plan, dcn=dcn,
+        verify_each=verify_each, dump=dump, plan=plan, calibration=calibration, dcn=dcn,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())

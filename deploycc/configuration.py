@@ -1,4 +1,4 @@
-"""The configuration file ``deploycc.toml``: how images are read, and what a user decides about regions."""
+"""The configuration file ``deploycc.toml``: how images are read, how ranges are found, and what a user decides about regions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deploycc.core.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-SECTIONS = ("preprocessing", "regions")
+SECTIONS = ("preprocessing", "calibration", "regions")
 
 
 def read_preprocessing(config: Path | None) -> dict[str, Any] | None:
@@ -20,6 +20,21 @@ def read_preprocessing(config: Path | None) -> dict[str, Any] | None:
         UsageError: when the file cannot be read, or holds what nothing reads.
     """
     return _sections(config).get("preprocessing")
+
+
+def read_calibration(config: Path | None) -> str | None:
+    """Return ``method`` of the section [calibration], or None when there is no file or no section.
+
+    Raises:
+        UsageError: when the file cannot be read, or holds what nothing reads.
+    """
+    section = _sections(config).get("calibration")
+    if section is None:
+        return None
+    if set(section) != {"method"} or not isinstance(section["method"], str):
+        fix = 'write method = "mse" and nothing else under it'
+        raise UsageError(f"{config} has a section [calibration] without a method alone", at="--config", fix=fix)
+    return str(section["method"])
 
 
 def read_regions(config: Path | None) -> dict[str, Any]:
@@ -42,6 +57,8 @@ def _sections(config: Path | None) -> dict[str, dict[str, Any]]:
     wrong = [f"'{name}'" for name in unknown] or [f"'{name}' as a value" for name, body in entries.items() if not isinstance(body, dict)]
     if wrong:
         raise UsageError(
-            f"{config} has {', '.join(wrong)}, which nothing reads", at="--config", fix="its sections are [preprocessing] and [regions]"
+            f"{config} has {', '.join(wrong)}, which nothing reads",
+            at="--config",
+            fix="its sections are [preprocessing], [calibration] and [regions]",
         )
     return entries

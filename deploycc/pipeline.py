@@ -19,12 +19,13 @@ from deploycc.core.formats import FORMATS, FP16, INT8, SIMULATIONS
 from deploycc.core.identity import identities
 from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
-from deploycc.output import BuildDirectory, digest_file, write_manifest
+from deploycc.output import BuildDirectory, digest_file, versions, write_manifest
 from deploycc.quant.cost import estimate_all
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 from deploycc.quant.islands import islands_of
 from deploycc.quant.paper import analyse_simulation
 from deploycc.quant.paper_reparameterize import DEFAULT, parse_reparameterization
+from deploycc.quant.ranges import RANGES, load_ranges, save_ranges
 from deploycc.quant.reapply import check_fit
 from deploycc.quant.rescale import find_rescales
 from deploycc.quant.rounding import round_weights
@@ -87,7 +88,11 @@ def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
     if job.request.precision in SIMULATIONS:
         return _simulate(job, canonical)
     digest, rescales = canonical.digest, {}
-    if INT8 in job.formats and job.request.rescale == "auto":
+    known = load_ranges(job.request.directory / RANGES, key=_ranges_key(job, digest)) if job.formats else None
+    if known is not None:
+        rescales = known[1]
+        canonical = reparameterize(job, canonical, rescales)
+    elif _rescales(job):
         with job.stage("rescale"):
             rescales = find_rescales(
                 canonical.model, job.calibration, base=job.base, reference=job.reference, batch=job.batch, progress=job.watch.progress
@@ -109,9 +114,22 @@ def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
         sensitivity=job.request.sensitivity,
         fallback=job.request.relevance_fallback,
         overrides=job.overrides,
+        clipping=job.clipping,
+        known=known[0] if known else None,
     )
     _report_analysis(job, analysis)
     return canonical, analysis
+
+
+def _rescales(job: Job) -> bool:
+    """Return whether normalizations are rescaled where that pays, which only INT8 gains by."""
+    return INT8 in job.formats and job.request.rescale == "auto"
+
+
+def _ranges_key(job: Job, digest: str) -> str:
+    """Name everything that decides raw ranges: the graph, the data, and how they were observed."""
+    tools = {name: found for name, found in versions().items() if name in ("deploycc", "numpy", "onnxruntime")}
+    return f"{digest} {job.calibration.digest} batch={job.batch} base={job.base} rescale={_rescales(job)} {tools}"
 
 
 def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, Analysis]:
@@ -149,6 +167,8 @@ def _report_analysis(job: Job, analysis: Analysis) -> None:
         "synthetic": job.calibration.synthetic,
         "samples": seen.samples if seen else 0,
         "seconds": seen.seconds if seen else 0.0,
+        "method": str(analysis.clipping) if seen and not analysis.settled else "",
+        "cached": bool(seen and seen.cached),
         "values": len(analysis.settled.quantizers if analysis.settled else seen.observers) if seen else 0,
     }
     if analysis.scores:
@@ -266,6 +286,7 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
         "budget": str(job.budget),
         "seed": request.seed,
         "strict": request.strict,
+        "calibration": str(job.clipping) if analysis.formats and analysis.settled is None else None,
         "merge": request.merge,
         "rescale": request.rescale,
         "rounding": request.rounding,
@@ -281,6 +302,8 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
     report.peak_rss_mb = round(max(usage) / 1024, 1)
     (folder / "plan.json").write_text(plan.to_json())
     (folder / "scores.json").write_text(analysis.scores_json())
+    if analysis.statistics is not None and analysis.settled is None:
+        save_ranges(folder / RANGES, analysis.statistics, analysis.rescales, key=_ranges_key(job, analysis.digest))
     limits = {"profiles": report.model["profiles"], "timeout": request.timeout, "workspace": request.workspace}
     paths = {"model": str(request.model), "data": request.data, "eval": request.eval}
     if request.plan is not None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from deploycc import registry
 from deploycc.backends.probed import lacking
 from deploycc.capability import formats_of_plan, formats_of_precision, formats_on_request, resolve_targets
-from deploycc.configuration import read_preprocessing, read_regions
+from deploycc.configuration import read_calibration, read_preprocessing, read_regions
 from deploycc.core.artefact import Artefact
 from deploycc.core.budget import Budget, parse_budget
 from deploycc.core.contract import SOUND
@@ -26,6 +26,7 @@ from deploycc.core.plan import PrecisionPlan
 from deploycc.core.report import BuildReport
 from deploycc.core.shapes import Profile, profiles_for
 from deploycc.interop import load_model
+from deploycc.quant.clipping import DEFAULT, Clipping, parse_clipping
 from deploycc.quant.methods import check_fallback, method_named
 from deploycc.quant.overrides import SECTION, Override, parse_overrides
 from deploycc.quant.paper_reparameterize import parse_reparameterization
@@ -113,6 +114,7 @@ class BuildRequest:
     verify_each: bool = False
     dump: Path | None = None
     plan: Path | None = None
+    calibration: str | None = None
     dcn: str = "body"
     regions: tuple[tuple[str, str], ...] = ()
 
@@ -145,6 +147,7 @@ class Job:
     dump: Dump | None = None
     overrides: tuple[Override, ...] = ()
     plan: PrecisionPlan | None = None
+    clipping: Clipping = DEFAULT
     reference: Any = field(default_factory=lambda: registry.backend("onnxruntime"))
 
     @property
@@ -209,13 +212,17 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     _check_passes(request)
     _check_dcn(request, targets)
     _check_simulation(request, budget)
+    clipping = _clipping(request)
     watch.stage("load")
     imported, records = _imported(request.model)
     inputs = imported.model.graph.inputs
     profiles, notes = profiles_for(inputs, request.shapes)
     calibration = _calibration_data(request, inputs, profiles)
     evaluation = _evaluation_data(request, budget, inputs, profiles)
-    job = Job(request, targets, base, formats, budget, imported, profiles, calibration, evaluation, watch, overrides=overrides, plan=plan)
+    job = Job(
+        request, targets, base, formats, budget, imported, profiles, calibration, evaluation, watch,
+        overrides=overrides, plan=plan, clipping=clipping,
+    )  # fmt: skip
     job.report.passes = [asdict(record) for record in records if record.rewrites]
     job.report.seconds["load"] = time.perf_counter() - start
     for note in (*notes, *calibration.notes, *_lacking(imported, targets)):
@@ -335,6 +342,18 @@ def _read_plan(request: BuildRequest) -> PrecisionPlan | None:
         return PrecisionPlan.from_json(request.plan.read_text(), at=str(request.plan))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the plan cannot be read: {error}", at=at, fix="give the plan.json of a build directory") from error
+
+
+def _clipping(request: BuildRequest) -> Clipping:
+    """Return how far INT8 ranges reach; refuse to be told where nothing would obey."""
+    asked = request.calibration or read_calibration(request.config)
+    at = f"--calibration {asked}" if request.calibration else f"--config {request.config}"
+    if asked is None:
+        return DEFAULT
+    if request.plan is not None or request.precision in SIMULATIONS:
+        what = "the plan holds every scale already" if request.plan is not None else "a simulation fits every quantizer itself"
+        raise UsageError(what, at=at, fix="leave the way of calibration away")
+    return parse_clipping(asked, at=at)
 
 
 def _overrides(request: BuildRequest) -> tuple[Override, ...]:
