@@ -17,6 +17,7 @@ check:
 	ruff format --check .
 	ruff check .
 	mypy
+	MYPYPATH=benchmarks mypy benchmarks/*.py
 	lint-imports
 
 docs:

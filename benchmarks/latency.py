@@ -72,7 +72,7 @@ def measure(model: Path, precision: str, target: str, batch: int, runs: int, fol
     profiles, _ = profiles_for(inputs, shapes)
     feeds = next(open_data(f"synthetic:{batch}", inputs, profiles, seed=0).batches(batch))
     original = registry.backend("onnxruntime").executor(load_model(model).model)(feeds)
-    np.savez(folder / "feeds.npz", **feeds)
+    np.savez(folder / "feeds.npz", **dict[str, Any](feeds))
     engine = out / report.engines[0]["path"]
     paths = {"engine": str(engine), "feeds": str(folder / "feeds.npz"), "outputs": str(folder / "outputs.npz")}
     answer = child.call("deploycc.backends.layers:run_in_child", {"module": module_of(engine), "runs": runs, **paths}, timeout=600)

@@ -207,10 +207,12 @@ def complete(known: Mapping[str, Any], name: str, count: int, images: int, show:
     for part, (bits, planted, mixed) in PARTS.items():
         if part not in figures:
             of = subject(name, images, planted=planted)
+
+            def shown(text: str, part: str = part) -> None:
+                show(f"{part}: {text}")
+
             with tempfile.TemporaryDirectory() as folder:
-                figures[part] = measure(
-                    of, draws(of, count, Path(folder)), bits, mixed=mixed, show=lambda text, part=part: show(f"{part}: {text}")
-                )
+                figures[part] = measure(of, draws(of, count, Path(folder)), bits, mixed=mixed, show=shown)
             figures.setdefault("fp32", of.accuracy)
             yield figures
 

@@ -138,7 +138,7 @@ def variants(format: Format, base: Format) -> dict[str, tuple[Callable[[np.ndarr
 
 def built(each: Subject, plan: PrecisionPlan, weights: Mapping[str, np.ndarray], shifts: Mapping[str, np.ndarray]) -> ir.Model:
     """Return the quantized model with these weights, and ``shifts [outputs]`` added to the outputs of nodes."""
-    model = each.model.clone()
+    model: ir.Model = each.model.clone()
     RoundWeights(dict(weights))(model)
     InsertQdq(plan)(model)
     graph = model.graph

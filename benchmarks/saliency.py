@@ -50,7 +50,7 @@ def composites(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         glyph = Image.new("RGBA", (136, 136))
         ImageDraw.Draw(glyph).text((0, 0), EMOJI[int(draw.integers(len(EMOJI)))], font=font, embedded_color=True)
         glyph = glyph.crop(glyph.getbbox())
-        place = tuple(int(draw.integers(0, SIZE - extent + 1)) for extent in glyph.size)
+        place = int(draw.integers(0, SIZE - glyph.width + 1)), int(draw.integers(0, SIZE - glyph.height + 1))
         canvas.paste(glyph, place, glyph)
         alpha = Image.new("L", (SIZE, SIZE))
         alpha.paste(glyph.getchannel("A"), place)

@@ -201,7 +201,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write a page instead of printing")
     arguments = parser.parse_args()
     paths = arguments.models or [*(ROOT / m for m in MODELS), *sorted(ROOT.glob(EXTRA))]
-    ranks, plans = [], []
+    ranks: list[list[str]] = []
+    plans: list[list[str]] = []
     for path in paths:
         each = subject(path, arguments.eval, format=arguments.format, calibration=64, held_out=arguments.held_out)
         some, more = rows(each, arguments.samples)

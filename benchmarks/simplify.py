@@ -58,6 +58,7 @@ def raw_export(name: str, folder: Path) -> Path:
     network = timm.create_model(name.removeprefix("timm:"), pretrained=False).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -85,14 +86,16 @@ def onnxsim_simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     """Run onnxsim."""
     import onnxsim
 
-    return onnxsim.simplify(model)[0]
+    simplified: onnx.ModelProto = onnxsim.simplify(model)[0]
+    return simplified
 
 
 def onnxslim_slim(model: onnx.ModelProto) -> onnx.ModelProto:
     """Run onnxslim."""
     import onnxslim
 
-    return onnxslim.slim(model)
+    slim: onnx.ModelProto = onnxslim.slim(model)
+    return slim
 
 
 def onnxscript_optimize(model: ir.Model) -> ir.Model:
@@ -123,7 +126,8 @@ def cpu_seconds() -> float:
 def timed(path: Path, tool: str, rounds: int) -> tuple[onnx.ModelProto, float, float]:
     """Return the result of a tool and the least processor seconds of reading and of simplifying over some rounds."""
     read, simplify = TOOLS[tool]
-    reading, simplifying, model = [], [], None
+    reading, simplifying = [], []
+    model: Any = None
     for _ in range(rounds):
         start = cpu_seconds()
         given = read(path)
