@@ -57,7 +57,8 @@ def formats_of_precision(precision: str, targets: Sequence[Target]) -> tuple[For
     fix = "choose another precision or target; `deploycc doctor` lists what each target computes"
     _check_native(wanted, targets, at=f"--precision {precision}", fix=fix)
     common = frozenset.intersection(*(b.formats(t) for b, t in backends))
-    quantized = tuple(f for f in FORMATS.values() if f.is_quantized and f in common)
+    # Formats in blocks are for those who ask: by the precision, or region by region.
+    quantized = tuple(f for f in FORMATS.values() if f.is_quantized and f in common and (not f.block or precision == f.name))
     return base, quantized if precision == "mixed" else tuple(f for f in quantized if f.name == precision)
 
 

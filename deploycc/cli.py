@@ -53,7 +53,9 @@ def build(
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32, fp16, bf16, int8, fp8, or mixed: the format of each region chosen by its measured effect. "
+            help="fp32, fp16, bf16 (16 bits with the range of 32), int8, fp8, int4 (weights of matrix products alone, in blocks), nvfp4 "
+            "and mxfp8 (4 and 8-bit floats in blocks of 16 and 32; matrix products), where the target has them; or mixed: the format of "
+            "each region chosen by its measured effect. "
             "w4a4, mp4, w6a6, mp6: LRP-QViT's quantizers simulated on the CPU, for onnxruntime only."
         ),
     ] = "fp16",

@@ -1,4 +1,7 @@
-"""Ask builders what they take: one small model per operator and architecture, built for real."""
+"""Ask builders what they take: one small model per operator, format and architecture, built for real.
+
+Formats are asked for as a build asks for them, by the passes that insert precision, and the audit says what the engine computes in.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,17 @@ import numpy as np
 import onnx
 
 from deploycc import registry
-from deploycc.backends.probed import SCHEMA, recorded
+from deploycc.backends.probed import COMPUTES, SCHEMA, recorded
 from deploycc.core.backend import BuildOptions
+from deploycc.core.contract import LOWERED
 from deploycc.core.errors import BackendError
-from deploycc.core.formats import FORMATS
+from deploycc.core.formats import FORMATS, FP16, Format
+from deploycc.core.passes import run
+from deploycc.core.plan import Assignment, PrecisionPlan
 from deploycc.core.target import ARCHS, Target
+from deploycc.interop import load_model, save_model
+from deploycc.quant.regions import partition
+from deploycc.verify.audit import audit
 
 TIMEOUT = 120.0
 _F = "float16"
@@ -46,7 +55,8 @@ PROBES: dict[str, Probe] = {
     ),
     "ConvTranspose": Probe(f"({_F}[2,8,6,6] x) => ({_F}[2,8,12,12] y) {{ y = ConvTranspose<strides=[2,2]>(x, w) }}", {"w": (8, 8, 2, 2)}),
     "MatMul": Probe(f"({_F}[2,8] x) => ({_F}[2,8] y) {{ y = MatMul(x, w) }}", {"w": (8, 8)}),
-    "MatMul in FP32": Probe("(float[2,8] x) => (float[2,8] y) { y = MatMul(x, w) }", {"w": (8, 8)}),
+    "MatMul in FP32": Probe("(float[64,256] x) => (float[64,128] y) { y = MatMul(x, w) }", {"w": (256, 128)}),
+    "Conv in FP32": Probe("(float[2,32,14,14] x) => (float[2,64,14,14] y) { y = Conv<pads=[1,1,1,1]>(x, w) }", {"w": (64, 32, 3, 3)}),
     "LayerNormalization": Probe(f"({_F}[2,6,8] x) => ({_F}[2,6,8] y) {{ y = LayerNormalization(x, w, b) }}", {"w": (8,), "b": (8,)}),
     "InstanceNormalization": _same("InstanceNormalization", w=(8,), b=(8,)),
     "Gelu": _same("Gelu"),
@@ -94,8 +104,41 @@ def probe(target: Target, names: Sequence[str] = tuple(PROBES), watch: Callable[
                 backend.build(model, target, out=Path(folder, "engine"), profiles=(), options=BuildOptions(timeout=TIMEOUT))
                 found[name] = ""
             except BackendError as error:
-                found[name] = " ".join(error.what.split())[:200]
+                found[name] = _said(error)
     return found
+
+
+def probe_format(target: Target, format: Format) -> dict[str, str]:
+    """Return, per operator, nothing when ``target`` computes it in ``format``, else what it computes in, or why it builds no engine."""
+    backend, found = registry.backend(target.backend), {}
+    base = FP16 if format.is_quantized else format
+    with tempfile.TemporaryDirectory(prefix="deploycc-probe-") as folder:
+        for operator in ("MatMul",) if format.block else ("MatMul", "Conv"):
+            model, out = Path(folder, "probe.onnx"), Path(folder, "engine")
+            plan = _precise(model, PROBES[f"{operator} in FP32"], format, base)
+            try:
+                engine = backend.build(model, target, out=out, profiles=(), options=BuildOptions(timeout=TIMEOUT))
+                (seen,) = audit(plan, engine)
+                found[operator] = "" if seen.verdict == "ok" else f"{COMPUTES} {seen.realised}"
+            except BackendError as error:
+                found[operator] = _said(error)
+    return found
+
+
+def _precise(path: Path, probe: Probe, format: Format, base: Format) -> PrecisionPlan:
+    """Write the model of ``probe`` with its only region in ``format``, and return the plan that says so."""
+    onnx.save(_model(probe), path)
+    model = load_model(path).model
+    (region,) = partition(model)
+    scale = {} if format.reach is None else {format.name: 4.0 / format.reach}
+    plan = PrecisionPlan(base, (Assignment(region, format, "probe"),), dict.fromkeys(region.activations, scale))
+    chosen = [cls(plan=plan) for _, cls in registry.passes("quantize") if {f.name for f in registry.options(cls)} == {"plan"}]
+    save_model(run(model, chosen, contract=LOWERED)[0], path)
+    return plan
+
+
+def _said(error: BackendError) -> str:
+    return " ".join(error.what.split())[:200]
 
 
 def _model(probe: Probe) -> onnx.ModelProto:
@@ -117,14 +160,21 @@ def probe_all(backends: Sequence[str], watch: Callable[[str], None]) -> dict[str
         def of_arch(arch: str) -> dict[str, str]:
             return probe(Target(name, (arch,)), watch=lambda each: watch(f"{name}:{arch} {each}"))
 
-        return {"version": registry.backend(name).doctor()["version"], "archs": {arch: of_arch(arch) for arch in ARCHS[name]}}
+        def formats_of(arch: str) -> dict[str, dict[str, str]]:
+            watch(f"{name}:{arch} formats")
+            return {f.name: probe_format(Target(name, (arch,)), f) for f in FORMATS.values()}
+
+        archs = ARCHS[name]
+        formats = {arch: formats_of(arch) for arch in archs}
+        version = registry.backend(name).doctor()["version"]
+        return {"version": version, "archs": {arch: of_arch(arch) for arch in archs}, "formats": formats}
 
     return {"schema": SCHEMA, "backends": {name: of_backend(name) for name in backends}}
 
 
 def describe(body: Mapping[str, Any] | None = None) -> str:
-    """Return the formats that each target computes, and the operators that each architecture was found to lack."""
-    lines = ["formats that a target computes natively"]
+    """Return the formats that each target computes, and what each architecture was found to do with every format and operator."""
+    lines = ["formats that a target computes natively: tensorrt-rtx as probed, tensorrt as NVIDIA states, onnxruntime emulates"]
     for name in ARCHS:
         backend = registry.backend(name)
         for arch in ARCHS[name] or ("",):
@@ -137,12 +187,28 @@ def describe(body: Mapping[str, Any] | None = None) -> str:
         lines.append(f"operators, built one by one with {name} {facts['version']} (x: refused)")
         archs = facts["archs"]
         order = sorted(archs, key=lambda arch: int(arch[3:]))
+        lines[-1:] = _format_lines(facts["formats"], order, f"{name} {facts['version']}") + lines[-1:]
         lines.append(" " * 25 + " ".join(order))
         for operator in next(iter(archs.values())):
             marks = " ".join(("x" if archs[a].get(operator) else "yes").center(len(a)) for a in order)
             why = next((archs[a][operator] for a in order if archs[a].get(operator)), "").partition(" (TensorRT")[0]
             lines.append(f"  {operator:22} {marks}{'  ' + why if why else ''}".rstrip())
     return "\n".join(lines)
+
+
+def _format_lines(found: Mapping[str, Mapping[str, Mapping[str, str]]], order: Sequence[str], builder: str) -> list[str]:
+    """Return a table of what each architecture of ``order`` makes of each format."""
+    lines = [f"formats, one layer each built with {builder} (x: refused; else what it computes in)", " " * 25 + " ".join(order)]
+    for format in FORMATS:
+        for operator in found[order[0]][format]:
+            cells = " ".join(_cell(found[arch][format][operator]).center(len(arch)) for arch in order)
+            lines.append(f"  {format + ' ' + operator:22} {cells}".rstrip())
+    return lines
+
+
+def _cell(said: str) -> str:
+    """Return one word for the answer to a probe of a format."""
+    return "yes" if not said else said.split()[2] if said.startswith(COMPUTES) else "x"
 
 
 def write(body: Mapping[str, Any], path: Path) -> None:

@@ -20,7 +20,7 @@ from deploycc.core.budget import Budget, parse_budget
 from deploycc.core.contract import SOUND
 from deploycc.core.data import Dataset, open_data
 from deploycc.core.errors import UsageError
-from deploycc.core.formats import SIMULATIONS, Format, parse_precision
+from deploycc.core.formats import FORMATS, SIMULATIONS, Format, parse_precision
 from deploycc.core.passes import run
 from deploycc.core.plan import PrecisionPlan
 from deploycc.core.report import BuildReport
@@ -47,7 +47,7 @@ RESCALES = ("auto", "off")
 ROUNDINGS = ("auto", "nearest")
 # Operators that the canonical passes take apart before a builder sees them.
 DECOMPOSED = frozenset({"Attention"})
-WITHOUT_CALIBRATION = frozenset({"fp32", "fp16", "bf16"})
+WITHOUT_CALIBRATION = frozenset(f.name for f in FORMATS.values() if f.reach is None)
 
 
 class Watcher(Protocol):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.core.blocks import MX_DEQUANTIZE, is_block_operator
 from deploycc.core.dcnv3 import MASK, OFFSET, is_dcnv3
 from deploycc.core.formats import BF16
 from deploycc.core.graph import FLOAT_TYPES, add_initializer, constant, fresh_name, taken_names
@@ -95,6 +96,9 @@ class _Caster:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             self._restore_operands(node)
             return
+        if is_block_operator(node) and node.op_type == MX_DEQUANTIZE:
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(self.low))
+            node.outputs[0].type = ir.TensorType(self.low)
         floats = {i: v for i, v in enumerate(node.inputs) if v is not None and v.dtype in _RETYPED}
         # A Cast takes any type, and rounding before one to integers would change the integers.
         if node.op_type == "Cast" or not floats:
@@ -121,7 +125,7 @@ class _Caster:
         return {i for i in (OFFSET, MASK) if too_coarse and (i == OFFSET or node.inputs[i] is node.inputs[OFFSET])}
 
     def _goes_low(self, node: ir.Node) -> bool:
-        known = is_dcnv3(node) or (node.op_type in SIXTEEN_BIT_OPS and node.domain in ("", "ai.onnx"))
+        known = is_dcnv3(node) or is_block_operator(node) or (node.op_type in SIXTEEN_BIT_OPS and node.domain in ("", "ai.onnx"))
         if not known or (node.name or "") in self.plan.islands:
             return False
         if any(v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs):

@@ -66,7 +66,8 @@ def test_a_refusal_is_a_paragraph_and_an_exit_code_of_the_process(tmp_path: Path
     command = [sys.executable, "-m", "deploycc.cli", "build", "nothing.onnx", "--precision", "int3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     text = (
-        "error: unknown precision 'int3'. Where: --precision. Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6.\n"
+        "error: unknown precision 'int3'. Where: --precision. "
+        "Fix: use one of fp32, fp16, bf16, int8, fp8, int4, nvfp4, mxfp8, mixed, w4a4, mp4, w6a6, mp6.\n"
     )
     assert (done.returncode, done.stdout, done.stderr.lstrip()) == (2, "", text)
 
@@ -119,7 +120,7 @@ def test_option_of_the_wrong_type(refused: Callable[..., str]) -> None:
             ["--precision", "int3"],
             (
                 "error: unknown precision 'int3'. Where: --precision. "
-                "Fix: use one of fp32, fp16, bf16, int8, fp8, mixed, w4a4, mp4, w6a6, mp6."
+                "Fix: use one of fp32, fp16, bf16, int8, fp8, int4, nvfp4, mxfp8, mixed, w4a4, mp4, w6a6, mp6."
             ),
         ),
         (

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 VERIFIED = ((1, 7),)
-TYPES = {"half": "fp16", "float": "fp32", "bfloat16": "bf16", "b16": "bf16", "fp8_e4m3": "fp8"}
+TYPES = {"half": "fp16", "float": "fp32", "bfloat16": "bf16", "b16": "bf16", "fp8_e4m3": "fp8", "fp4_e2m1": "fp4"}
 FLOATS = ("fp16", "bf16", "fp32")
-QUANTIZED = ("int8", "fp8", "int4", "fp4_e2m1")
+QUANTIZED = ("int8", "fp8", "int4", "fp4")
 # The ops that multiply matrices: their short names in the counts, and how many of their inputs are operands.
 COMPUTE = {"corrltn": ("conv", 2), "deconvolution": ("deconv", 2), "fully_connected": ("fc", 2), "_gemm_mha_v2": ("mha", 3)}
 _MOVES = re.compile(r"__myl_(?:Tran|Resh|Move|Slic|Etc)+")
@@ -116,13 +116,15 @@ def _compute(op: Op, types: Mapping[str, str]) -> tuple[str, tuple[str, ...]] | 
 def _fused(op: Op, types: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
     """Return label and operand types of a matrix product that was fused with the ops around it.
 
-    Its name spells the fused ops in order. Casts before ``Fc`` dequantize an operand, so the product itself is in floating point.
+    Its name spells the fused ops in order. Casts before ``Fc`` dequantize operands, so the product itself is in floating point; where that
+    is one operand, the weight, the second type is the one in which it is stored.
     """
     data = [types[name] for name in op.inputs if types.get(name, "int64") not in ("int64", "int32", "bool")]
     before = op.name.split("Fc")[0]
     if "Cast" in before and any(kind not in FLOATS for kind in data):
         kind = next((k for k in data if k in FLOATS), "fp32")
-        return "fc_dequantised", (kind, kind)
+        codes = [k for k in data if k in QUANTIZED]
+        return "fc_dequantised", (kind, codes[0] if len(codes) == 1 else kind)
     found = tuple(data[:2])
     return f"fc_{'x'.join(dict.fromkeys(found))}", found
 

@@ -23,7 +23,7 @@ from deploycc.backends.modelfile import copy_model
 from deploycc.core import child
 from deploycc.core.backend import BuildOptions, Engine, Executor, Feeds, Realised
 from deploycc.core.errors import BackendError
-from deploycc.core.formats import BF16, FORMATS, Format
+from deploycc.core.formats import BF16, FORMATS, MXFP8, NVFP4, Format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -60,11 +60,13 @@ class OnnxRuntime:
         return target
 
     def formats(self, target: Target) -> frozenset[Format]:
-        """Return every format but BF16, which the CPU executes for few ops only; FP16 and FP8 are emulated, never faster."""
-        return frozenset(FORMATS.values()) - {BF16}
+        """Return every format whose files the CPU loads; FP16, FP8 and INT4 are emulated, never faster."""
+        return frozenset(FORMATS.values()) - {BF16, NVFP4, MXFP8}
 
     def unsupported_reason(self, target: Target, wanted: Format) -> str:
         """Return why ``target`` does not compute in ``wanted``, or an empty string."""
+        if wanted in (NVFP4, MXFP8):
+            return f"ONNX Runtime does not have the operators in which {wanted} is written on the CPU"
         return "ONNX Runtime has no BF16 convolution on the CPU" if wanted == BF16 else ""
 
     def build(self, model: Path, target: Target, *, out: Path, profiles: Sequence[Profile], options: BuildOptions) -> Engine:
@@ -91,14 +93,18 @@ class OnnxRuntime:
     def executor(self, model: ir.Model, *, simulate: bool = False) -> Executor:
         """Return an executor of ``model``; with ``simulate``, 16-bit types are emulated (see `deploycc.backends.emulation`).
 
+        NVFP4 and MXFP8 always are (see `deploycc.backends.block_emulation`).
+
         Raises:
             BackendError: when ONNX Runtime refuses the model, naming the node where it is known.
         """
-        from deploycc.backends import emulation
+        from deploycc.backends import block_emulation, emulation
 
         feeds = {value.name or "": value.dtype for value in model.graph.inputs}
         if simulate and emulation.uses_emulated_types(model):
             model = emulation.emulate(model)
+        if block_emulation.uses_blocks(model):
+            model = block_emulation.expand_blocks(model)
         with _translating(f"model '{model.graph.name}'"):
             return _Session(_session(model), feeds)
 

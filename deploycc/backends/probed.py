@@ -1,4 +1,4 @@
-"""Which operators each target lacks, as probed with a real builder: ``deploycc targets --probe`` writes ``probed.json``."""
+"""Which operators and formats each target lacks, as probed with a real builder: ``deploycc targets --probe`` writes ``probed.json``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from deploycc.core.formats import Format
 from deploycc.core.target import Target
 
-SCHEMA = "deploycc.probed/1"
+SCHEMA = "deploycc.probed/2"
+# How the answer begins to a probe of a format that builds, and then computes in another.
+COMPUTES = "computes in"
 
 
 @cache
 def recorded() -> Mapping[str, Any]:
-    """Return what was probed: per backend the ``version`` that was asked, and per architecture and probe empty, or the reason it fails."""
+    """Return what was probed: per backend the ``version`` that was asked, and per architecture and probe empty, or the reason it fails.
+
+    Under ``archs`` the probes are operators, under ``formats`` they are formats with the operators that may compute in them.
+    """
     return dict(json.loads(files("deploycc.backends").joinpath("probed.json").read_text()))
 
 
@@ -28,3 +34,14 @@ def lacking(operators: Iterable[str], target: Target) -> dict[str, str]:
         if reasons:
             found[operator] = reasons[0]
     return found
+
+
+def reason_against(format: Format, backend: str, arch: str) -> str:
+    """Return why ``arch`` does not compute in ``format`` as probed with ``backend``; empty when it does.
+
+    A quantized format is there when every operator that may have it computes in it, one of floating point when any operator does.
+    """
+    found = recorded()["backends"][backend]["formats"][arch][format.name].values()
+    reasons = [reason for reason in found if reason]
+    is_there = not reasons if format.is_quantized else len(reasons) < len(found)
+    return "" if is_there else str(reasons[0])

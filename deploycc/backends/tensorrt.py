@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import BackendError
-from deploycc.core.formats import BF16, FP8, FP16, FP32, INT8, Format
+from deploycc.core.formats import BF16, FP8, FP16, FP32, INT4, INT8, MXFP8, NVFP4, Format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from deploycc.core.shapes import Profile
     from deploycc.core.target import Target
 
-# The first architecture with native arithmetic in each format.
-SINCE: dict[Format, int] = {FP32: 75, FP16: 75, INT8: 75, BF16: 80, FP8: 89}
+# The first architecture with native arithmetic in each format, as NVIDIA states: there is no builder to ask without such a GPU.
+SINCE: dict[Format, int] = {FP32: 75, FP16: 75, INT8: 75, BF16: 80, INT4: 80, FP8: 89, NVFP4: 100, MXFP8: 100}
 # Numbers of CUDA's driver API for cuDeviceGetAttribute.
 _MAJOR, _MINOR = 75, 76
 
@@ -35,11 +35,11 @@ class TensorRT:
     def formats(self, target: Target) -> frozenset[Format]:
         """Return the formats that every architecture of ``target`` computes in natively (every format if none is known)."""
         archs = _archs(target)
-        return frozenset(wanted for wanted, since in SINCE.items() if all(arch >= since for arch in archs))
+        return frozenset(wanted for wanted in SINCE if all(_computes(arch, wanted) for arch in archs))
 
     def unsupported_reason(self, target: Target, wanted: Format) -> str:
         """Return why ``target`` does not compute in ``wanted``, and what would; empty when it does."""
-        lacking = ", ".join(f"sm_{arch}" for arch in _archs(target) if arch < SINCE[wanted])
+        lacking = ", ".join(f"sm_{arch}" for arch in _archs(target) if not _computes(arch, wanted))
         if not lacking:
             return ""
         best = "fp16" if wanted == BF16 else "int8"
@@ -83,6 +83,11 @@ def present_arch() -> int | None:
     if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, 0):
         return None
     return None if cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, 0) else 10 * major.value + minor.value
+
+
+def _computes(arch: int, wanted: Format) -> bool:
+    """Return whether ``arch`` has arithmetic in ``wanted``; on sm_120 and later TensorRT-RTX was seen to compute MXFP8 in FP16."""
+    return arch >= SINCE[wanted] and not (wanted == MXFP8 and arch >= 120)
 
 
 def _archs(target: Target) -> tuple[int, ...]:

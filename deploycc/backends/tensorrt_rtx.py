@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from deploycc.core.formats import BF16, FP8, FP16, FP32, INT8, Format
+from deploycc.backends.probed import COMPUTES, reason_against
+from deploycc.core.formats import BF16, FORMATS, FP16, INT8, Format
 from deploycc.core.target import ARCHS, Target
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from deploycc.core.shapes import Profile
 
 DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_120")
-# The first architecture with native arithmetic in each format. sm_75 builds INT8 convolutions but computes them in FP16
-# (only its INT8 matrix products are real), so INT8 counts from sm_80; it has FP32 convolutions but no FP32 matrix product.
-SINCE: dict[Format, int] = {FP32: 75, FP16: 75, BF16: 80, INT8: 80, FP8: 89}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +30,21 @@ class TensorRTRTX:
         return target if target.archs else Target(target.backend, DEFAULT_ARCHS)
 
     def formats(self, target: Target) -> frozenset[Format]:
-        """Return the formats that every architecture of ``target`` computes in natively."""
-        oldest = min(self.resolve(target).compute_capabilities)
-        return frozenset(wanted for wanted, since in SINCE.items() if oldest >= since)
+        """Return the formats that every architecture of ``target`` computes in natively, as probed (``deploycc targets``)."""
+        archs = self.resolve(target).archs
+        return frozenset(f for f in FORMATS.values() if not any(reason_against(f, self.name, arch) for arch in archs))
 
     def unsupported_reason(self, target: Target, wanted: Format) -> str:
         """Return why ``target`` does not compute in ``wanted``, and what would; empty when it does."""
-        lacking = [arch for arch in self.resolve(target).archs if int(arch[3:]) < SINCE[wanted]]
-        if not lacking:
+        reasons = {arch: reason for arch in self.resolve(target).archs if (reason := reason_against(wanted, self.name, arch))}
+        if not reasons:
             return ""
-        known = [f.name for f in SINCE if f in self.formats(target) and f != FP32]
-        best = next(name for name in ("int8", "bf16", "fp16") if name in known)
-        why = " (INT8 convolutions would run in FP16)" if wanted == INT8 else ""
-        has = f"{', '.join(lacking)} has no {wanted.name.upper()} units{why}"
-        return f"{has}; use --precision {best} or a target of sm_{SINCE[wanted]} or later"
+        best = next(f.name for f in (INT8, BF16, FP16) if f in self.formats(target))
+        having = [arch for arch in ARCHS[self.name] if not reason_against(wanted, self.name, arch)]
+        other = f" or a target of {', '.join(having)}" if having else ""
+        archs, reason, name = ", ".join(reasons), next(iter(reasons.values())), wanted.name.upper()
+        has = f"{archs} {reason} where {name} is asked for" if reason.startswith(COMPUTES) else f"{archs} has no {name} units"
+        return f"{has}; use --precision {best}{other}"
 
     def build(self, model: Path, target: Target, *, out: Path, profiles: Sequence[Profile], options: BuildOptions) -> Engine:
         """Build ``model`` for all architectures of ``target`` into ``out`` and read back what it computes in.

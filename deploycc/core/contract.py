@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.core.blocks import is_scale_of_blocks
 from deploycc.core.graph import constant
 
 Clause = Callable[[ir.Model], Iterator[str]]
@@ -60,11 +61,13 @@ def operators_are_imported(model: ir.Model) -> Iterator[str]:
 
 
 def scales_are_sound(model: ir.Model) -> Iterator[str]:
-    """Rules R1 and R2: scales constant, finite and positive; zero points constant zeros."""
+    """Rules R1 and R2: scales constant, finite and positive, or those of blocks; zero points constant zeros."""
     for node in model.graph:
         if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
             continue
         scale = constant(node.inputs[1])
+        if scale is None and is_scale_of_blocks(node.inputs[1]):
+            continue  # Its own scale is looked at where it is dequantized.
         if scale is None:
             yield f"'{node.name}' has a computed scale (R1)"
         elif not np.all(np.isfinite(scale.astype(np.float32))) or not np.all(scale.astype(np.float32) > 0):

@@ -6,6 +6,7 @@ import ast
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deploycc.core.blocks import BLOCK_OPERATORS
 from deploycc.core.graph import inherit_metadata
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from deploycc.core.plan import PrecisionPlan, Region
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-PAIRED = frozenset({"QuantizeLinear", "DequantizeLinear"})
+PAIRED = frozenset({"QuantizeLinear", "DequantizeLinear"}) | BLOCK_OPERATORS
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ REACHABLE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Dense peaks in TFLOP/s or TOP/s, memory bandwidth in GB/s, and the cost of one kernel in microseconds."""
+    """Dense peaks in TFLOP/s or TOP/s (0: none), memory bandwidth in GB/s, and the cost of one kernel in microseconds."""
 
     name: str
     fp32: float
@@ -21,6 +21,7 @@ class Machine:
     int8: float
     fp8: float
     bandwidth: float
+    fp4: float = 0.0
     launch: float = 2.0
 
 
@@ -31,11 +32,11 @@ MACHINES = {
     "sm_87": Machine("Orin", 10.6, 85, 170, 85, 204),
     "sm_89": Machine("L4", 60, 121, 242, 242, 300),
     "sm_90": Machine("H100", 494, 989, 1979, 1979, 3350),
-    "sm_100": Machine("B200", 1100, 2250, 4500, 4500, 8000),
-    "sm_103": Machine("B300", 1100, 2500, 4500, 4500, 8000),
-    "sm_110": Machine("Thor", 64, 258, 517, 517, 273),
-    "sm_120": Machine("RTX 5090", 105, 210, 838, 419, 1792),
-    "sm_121": Machine("GB10", 31, 62, 250, 125, 273),
+    "sm_100": Machine("B200", 1100, 2250, 4500, 4500, 8000, 9000),
+    "sm_103": Machine("B300", 1100, 2500, 4500, 4500, 8000, 13500),
+    "sm_110": Machine("Thor", 64, 258, 517, 517, 273, 1035),
+    "sm_120": Machine("RTX 5090", 105, 210, 838, 419, 1792, 1676),
+    "sm_121": Machine("GB10", 31, 62, 250, 125, 273, 500),
 }
 CPU = Machine("CPU with VNNI", 1, 1, 3, 1, 40, launch=5.0)
 

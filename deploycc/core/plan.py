@@ -94,8 +94,8 @@ class PrecisionPlan:
     def average_bits(self) -> float:
         """Return the mean number of bits per weight over all regions, weighted by parameters."""
         parameters = sum(a.region.parameters for a in self.assignments)
-        bits = sum(a.region.parameters * a.format.bits for a in self.assignments)
-        return bits / parameters if parameters else float(self.base.bits)
+        bits = sum(a.region.parameters * a.format.weight_bits for a in self.assignments)
+        return bits / parameters if parameters else self.base.weight_bits
 
     def to_json(self) -> str:
         """Return the plan as indented JSON with a final newline: same plan, same bytes."""

@@ -30,8 +30,14 @@ def largest_code(format: Format) -> float:
 
 
 def activation_scale(limit: float, format: Format, base: Format) -> float:
-    """Return the per-tensor scale that maps ``limit`` to the largest code: ``limit / max_value``."""
-    return float(round_scale(limit / largest_code(format), base))
+    """Return the per-tensor scale that maps ``limit`` to the largest magnitude: ``limit / reach``.
+
+    Raises:
+        TypeError: for a format whose activations have no calibrated scale.
+    """
+    if format.reach is None:
+        raise TypeError(f"{format} has no calibrated scale")
+    return float(round_scale(limit / format.reach, base))
 
 
 def scale_like(values: np.dtype, scale: np.ndarray | float) -> np.ndarray:

@@ -48,11 +48,10 @@ def uniform(regions: Sequence[Region], format: Format, base: Format, noise: Cost
             reason = f"--precision {format.name}" if format.is_quantized else f"the base format {base.name}"
             chosen.append(Assignment(region, format, reason, ("X3",), noise.get(region.name, {})))
         else:
-            chosen.append(
-                Assignment(
-                    region, base, f"{format.name} is excluded here by {', '.join(region.rules)}", region.rules, noise.get(region.name, {})
-                )
-            )
+            # What has no weight in blocks is excluded by R6, whatever other rules say of other formats.
+            rules = region.rules if not format.block or region.kind == "linear" else ("R6",)
+            why = f"{format.name} is excluded here by {', '.join(rules)}"
+            chosen.append(Assignment(region, base, why, rules, noise.get(region.name, {})))
     return tuple(chosen)
 
 
@@ -126,11 +125,19 @@ def _choices(
     for i, region in enumerate(regions):
         float_format = forced.get(region.name, base)
         if not float_format.is_quantized:
-            found.append(Choice(i, float_format, 0.0, latency[region.name][float_format.name], region.parameters * float_format.bits))
+            found.append(
+                Choice(i, float_format, 0.0, latency[region.name][float_format.name], region.parameters * float_format.weight_bits)
+            )
         for format in formats:
             if format.name in region.formats:
                 found.append(
-                    Choice(i, format, noise[region.name][format.name], latency[region.name][format.name], region.parameters * format.bits)
+                    Choice(
+                        i,
+                        format,
+                        noise[region.name][format.name],
+                        latency[region.name][format.name],
+                        region.parameters * format.weight_bits,
+                    )
                 )
     return found
 

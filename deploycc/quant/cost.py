@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from deploycc.core.target import Target
 
 
-_ACTIVATION_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.5, "fp8": 1.5}
+_ACTIVATION_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.5, "fp8": 1.5, "int4": 2.0, "nvfp4": 1.5, "mxfp8": 1.5}
+# Whose peak counts where it is not that of the format's own name: INT4 weights are multiplied in 16 bits.
+_PEAK = {"fp16": "half", "bf16": "half", "int4": "half", "nvfp4": "fp4", "mxfp8": "fp8"}
 
 
 def machine_of(target: Target) -> Machine:
@@ -27,8 +29,8 @@ def machine_of(target: Target) -> Machine:
 
 def estimate(region: Region, format: Format, machine: Machine, *, batch: int) -> float:
     """Return the estimated microseconds of ``region`` in ``format`` at ``batch``."""
-    peak = {"fp32": machine.fp32, "fp16": machine.half, "bf16": machine.half, "int8": machine.int8, "fp8": machine.fp8}[format.name]
-    moved = region.parameters * format.bits / 8 + region.activation_elements * batch * _ACTIVATION_BYTES[format.name]
+    peak = float(getattr(machine, _PEAK.get(format.name, format.name))) or machine.half
+    moved = region.parameters * format.weight_bits / 8 + region.activation_elements * batch * _ACTIVATION_BYTES[format.name]
     return roofline(machine, macs=region.macs * batch, peak=peak, moved=moved)
 
 

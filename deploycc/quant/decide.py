@@ -74,7 +74,7 @@ class Analysis:
             "base": plan.base.name,
             "regions": plan.count(),
             "average_bits": round(plan.average_bits(), 4),
-            "weight_bytes": int(sum(a.region.parameters * a.format.bits for a in plan.assignments) // 8),
+            "weight_bytes": int(sum(a.region.parameters * a.format.weight_bits for a in plan.assignments) // 8),
             "weight_parameters": parameters,
             "estimated_latency_us": round(latency, 2),
             "estimated_latency_ratio": round(latency / base, 4) if base else 1.0,
@@ -156,7 +156,7 @@ def analyse(
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
     analysis.islands |= islands_of_overrides(regions, forced, base=base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
-    if formats:
+    if any(f.reach is not None for f in formats):
         # Of every region, whatever formats are on offer, so that another format finds its ranges known.
         values = list(dict.fromkeys(v for r in analysis.regions if r.formats for v in (*r.activations, *r.residuals)))
         with stage("calibrate"):
@@ -195,7 +195,7 @@ def scales_of(
     for region in regions:
         for name in (*region.activations, *region.residuals):
             for format in formats:
-                if format.name not in region.formats or format.name in scales.get(name, {}):
+                if format.reach is None or format.name not in region.formats or format.name in scales.get(name, {}):
                     continue
                 observer = statistics.observers[name]
                 limit = 1.0 if name in softmax and format == FP8 else clip_limit(observer, format, clipping)

@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploycc.core.blocks import block_axis, block_size
 from deploycc.core.dcnv3 import feeds_offsets
-from deploycc.core.graph import attribute
+from deploycc.core.formats import FORMATS
+from deploycc.core.graph import attribute, int_attribute, static_shape
+from deploycc.core.placement import weight_axis
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import onnx_ir as ir
+
+    from deploycc.core.formats import Format
 
 Verdict = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -52,14 +57,20 @@ def linear_formats(group: Sequence[ir.Node], *, transformer: bool) -> Verdict:
     """Return the formats allowed for tied matrix products with constant weights; none where one computes sampling offsets."""
     if any(feeds_offsets(node.outputs[0]) for node in group):
         return (), ("D2",)
-    for node in group:
-        weight = node.inputs[1]
-        dims = [int(d) for d in weight.shape] if weight is not None and weight.shape is not None else [0]  # type: ignore[arg-type]
-        if min(dims) < 16:
-            return (), ("S1",)
+    shapes = [static_shape(node.inputs[1]) or (0,) for node in group]
+    if min(map(min, shapes)) < 16:
+        return (), ("S1",)
     if transformer and any(v.is_graph_output() for n in group for v in _tail(n)):
         return ("int8",), ("P16",)
-    return ("int8", "fp8"), ()
+    blocked = [f.name for f in FORMATS.values() if f.block and all(_fills_blocks(n, s, f) for n, s in zip(group, shapes, strict=True))]
+    return ("int8", "fp8", *blocked), () if blocked else ("R6",)
+
+
+def _fills_blocks(node: ir.Node, shape: tuple[int, ...], format: Format) -> bool:
+    """Return whether the product sums over whole blocks of ``format``."""
+    if len(shape) != 2 or int_attribute(node, "transA", 0):
+        return False
+    return block_size(format, shape[block_axis(weight_axis(node))]) > 0
 
 
 def _tail(node: ir.Node) -> list[ir.Value]:

@@ -89,7 +89,7 @@ def quantized_layers(model: ir.Model, plan: PrecisionPlan) -> list[Layer]:
     found: dict[str, Layer] = {}
     for assignment in plan.assignments:
         format = assignment.format
-        if not format.is_quantized:
+        if not format.is_quantized or format.block:
             continue
         for name in assignment.region.anchors:
             node = nodes[name]

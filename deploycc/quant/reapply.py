@@ -71,7 +71,7 @@ def _check_format(assignment: Assignment, plan: PrecisionPlan, at: str) -> None:
         allowed = ", ".join((*region.formats, plan.base.name))
         excluded = f" by {', '.join(region.rules)}" if region.rules else ""
         raise UsageError(f"{format} is not allowed in '{region.name}'{excluded}", at=at, fix=f"use one of {allowed}")
-    for value in (*region.activations, *region.residuals):
+    for value in (*region.activations, *region.residuals) if format.reach is not None else ():
         if format.name not in plan.scales.get(value, {}):
             raise UsageError(
                 f"the plan has no {format} scale for '{value}', which '{region.name}' reads",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.core.blocks import block_axis, dynamic_quantizer, quantize_blocks
 from deploycc.core.formats import FP32, Format
 from deploycc.core.graph import add_initializer, constant
 from deploycc.core.placement import weight_axis
@@ -232,12 +233,13 @@ def _branch(graph: ir.Graph, node: ir.Node, operands: tuple[int, ...], format: F
 def _quantized_operand(graph: ir.Graph, node: ir.Node, i: int, format: Format, scales: Scales, inner: list[ir.Node]) -> ir.Value | None:
     value = node.inputs[i]
     weight = constant(value)
-    if value is None:
-        return None
+    if value is None or (weight is None and format.activations == "none"):
+        return value
     if weight is not None:
-        axis = weight_axis(node)
-        codes, scale = quantize_weight(weight, axis=axis, format=format, base=FP32)
-        return add_initializer(graph, f"{value.name}_{format.name}_{node.name}", decode(codes, scale, axis=axis).astype(weight.dtype))
+        stored = fake_quantized_weight(weight, weight_axis(node), format)
+        return add_initializer(graph, f"{value.name}_{format.name}_{node.name}", stored)
+    if format.activations == "dynamic":
+        return _quantized_on_the_fly(graph, node, i, format, scales, inner)
     stem, code_type = f"{node.name}_{i}_{format.name}", getattr(ir.DataType, format.onnx_type)
     like = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
     scale_value = add_initializer(graph, f"{stem}_scale", scale_like(like, scales[value.name or ""][format.name]))
@@ -248,3 +250,30 @@ def _quantized_operand(graph: ir.Graph, node: ir.Node, i: int, format: Format, s
         each.outputs[0].name = f"{each.name}_out"
     inner.extend((quantize, dequantize))
     return dequantize.outputs[0]
+
+
+def _quantized_on_the_fly(graph: ir.Graph, node: ir.Node, i: int, format: Format, scales: Scales, inner: list[ir.Node]) -> ir.Value | None:
+    """Return what an engine makes of an operand whose blocks get their scales as it runs."""
+    value, stem, given = node.inputs[i], f"{node.name}_{i}_{format.name}", None
+    if value is None:
+        return None
+    if format.reach is not None:
+        like = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
+        given = add_initializer(graph, f"{stem}_scale", scale_like(like, scales[value.name or ""][format.name]))
+    nodes = dynamic_quantizer(value, format=format, scale=given)
+    for number, each in enumerate(nodes):
+        each.name = f"{stem}_{number}"
+        for place, out in enumerate(each.outputs):
+            out.name = f"{each.name}_{place}_out"
+    inner.extend(nodes)
+    return nodes[-1].outputs[0]
+
+
+def fake_quantized_weight(weight: np.ndarray, axis: int, format: Format) -> np.ndarray:
+    """Return ``weight``, whose output channels lie along ``axis``, after its codes in ``format``."""
+    if format.block:
+        found = quantize_blocks(weight, axis=block_axis(axis), format=format, base=FP32).decoded()
+    else:
+        codes, scale = quantize_weight(weight, axis=axis, format=format, base=FP32)
+        found = decode(codes, scale, axis=axis)
+    return found.astype(weight.dtype)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deploycc.core.formats import FORMATS, Format
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 _WORDS = {
     "int8": {"int8"},
     "fp8": {"fp8", "fp8_e4m3", "e4m3", "float8"},
+    "mxfp8": {"fp8", "fp8_e4m3", "e4m3", "float8"},
+    "nvfp4": {"fp4", "fp4_e2m1", "e2m1"},
+    "int4": {"int4"},
     "fp16": {"half", "fp16"},
     "bf16": {"bfloat16", "b16", "bf16"},
     "fp32": {"float", "fp32"},
@@ -46,8 +51,13 @@ def _finding(assignment: Assignment, engine: Engine) -> Finding:
     if not found:
         return Finding(assignment.region.name, wanted, "", "unknown")
     shown = ", ".join(dict.fromkeys(" x ".join(types) for types in found))
-    good = all(types and all(t.lower() in _WORDS[wanted] for t in types) for types in found)
+    good = all(types and all(t.lower() in _WORDS[wanted] for t in _counting(types, assignment.format)) for types in found)
     return Finding(assignment.region.name, wanted, shown, "ok" if good else "mismatch")
+
+
+def _counting(types: Sequence[str], format: Format) -> Sequence[str]:
+    """Return the operand types that tell whether ``format`` was realised: of weights alone, the second one."""
+    return types[1:] if format.activations == "none" else types
 
 
 def warnings_of(findings: list[Finding], engine: Engine) -> list[str]:
@@ -55,7 +65,7 @@ def warnings_of(findings: list[Finding], engine: Engine) -> list[str]:
     return [
         f"{engine.target}: the plan asks for {f.requested} in '{f.region}', the engine's listing shows {f.realised}"
         for f in findings
-        if f.verdict == "mismatch" and f.requested in {"int8", "fp8"}
+        if f.verdict == "mismatch" and FORMATS[f.requested].is_quantized
     ]
 
 

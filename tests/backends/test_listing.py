@@ -56,7 +56,7 @@ def test_a_weight_only_convolution_is_seen_to_dequantize_at_run_time(build):
 def test_a_weight_only_product_is_seen_to_dequantize_on_the_fly(build):
     body = f"{constant_text('w_q', '64,64')} {scale_text('fp16')} [w_DQ] w_dq = DequantizeLinear(w_q, s) [fc] y = MatMul(x, w_dq)"
     realised = build(model_text(body, inputs="float16[N,64] x", outputs="float16[N,64] y"), profiles=batch(64)).realised
-    assert realised.operands["fc"] == ("fp16", "fp16")
+    assert realised.operands["fc"] == ("fp16", "int8")
     assert realised.counts["fc_dequantised"] == 1
 
 

@@ -7,7 +7,7 @@ from onnx import parser
 from deploycc.backends.tensorrt import TensorRT, present_arch
 from deploycc.core.backend import BuildOptions
 from deploycc.core.errors import BackendError
-from deploycc.core.formats import BF16, FP8, FP16, FP32, INT8
+from deploycc.core.formats import BF16, FP8, FP16, FP32, INT4, INT8, MXFP8, NVFP4
 from deploycc.core.target import Target, parse_target
 
 is_missing = importlib.util.find_spec("tensorrt") is None
@@ -17,9 +17,11 @@ is_missing = importlib.util.find_spec("tensorrt") is None
     ("target", "formats"),
     [
         ("tensorrt:sm_75", {FP32, FP16, INT8}),
-        ("tensorrt:sm_87", {FP32, FP16, BF16, INT8}),
-        ("tensorrt:sm_90", {FP32, FP16, BF16, INT8, FP8}),
-        ("tensorrt:sm_80+sm_100", {FP32, FP16, BF16, INT8}),
+        ("tensorrt:sm_87", {FP32, FP16, BF16, INT8, INT4}),
+        ("tensorrt:sm_90", {FP32, FP16, BF16, INT8, FP8, INT4}),
+        ("tensorrt:sm_80+sm_100", {FP32, FP16, BF16, INT8, INT4}),
+        ("tensorrt:sm_100", {FP32, FP16, BF16, INT8, FP8, INT4, NVFP4, MXFP8}),
+        ("tensorrt:sm_120", {FP32, FP16, BF16, INT8, FP8, INT4, NVFP4}),
     ],
 )
 def test_formats_follow_the_architecture(target, formats):
@@ -33,10 +35,6 @@ def test_a_format_that_is_missing_has_a_reason_and_a_remedy():
     )
     assert trt.unsupported_reason(parse_target("tensorrt:sm_86"), FP8).endswith("use --precision int8 or a target of sm_89 or later")
     assert trt.unsupported_reason(parse_target("tensorrt:sm_90"), FP8) == ""
-
-
-def test_a_target_without_architecture_stays_so():
-    assert TensorRT().resolve(Target("tensorrt")) == Target("tensorrt")
 
 
 @pytest.mark.skipif(not is_missing, reason="TensorRT is installed")

@@ -3,7 +3,7 @@ from backend_models import batch, conv_text, matmul_text, model_text
 
 from deploycc.backends.tensorrt_rtx import DEFAULT_ARCHS, TensorRTRTX
 from deploycc.core.errors import BackendError
-from deploycc.core.formats import BF16, FP8, FP16, FP32, INT8
+from deploycc.core.formats import BF16, FP8, FP16, FP32, INT4, INT8, MXFP8, NVFP4
 from deploycc.core.target import Target, parse_target
 
 
@@ -27,11 +27,12 @@ def test_the_file_beside_the_engine_is_only_the_model(build, tmp_path):
     ("target", "formats"),
     [
         ("tensorrt-rtx:sm_75", {FP32, FP16}),
-        ("tensorrt-rtx:sm_80", {FP32, FP16, BF16, INT8}),
-        ("tensorrt-rtx:sm_89", {FP32, FP16, BF16, INT8, FP8}),
-        ("tensorrt-rtx:sm_86+sm_120", {FP32, FP16, BF16, INT8}),
-        ("tensorrt-rtx:sm_89+sm_121", {FP32, FP16, BF16, INT8, FP8}),
-        ("tensorrt-rtx", {FP32, FP16, BF16, INT8}),
+        ("tensorrt-rtx:sm_80", {FP32, FP16, BF16, INT8, INT4}),
+        ("tensorrt-rtx:sm_89", {FP32, FP16, BF16, INT8, FP8, INT4}),
+        ("tensorrt-rtx:sm_86+sm_120", {FP32, FP16, BF16, INT8, INT4}),
+        ("tensorrt-rtx:sm_89+sm_121", {FP32, FP16, BF16, INT8, FP8, INT4}),
+        ("tensorrt-rtx:sm_120+sm_121", {FP32, FP16, BF16, INT8, FP8, INT4, NVFP4}),
+        ("tensorrt-rtx", {FP32, FP16, BF16, INT8, INT4}),
     ],
 )
 def test_formats_are_those_of_the_weakest_architecture(target, formats):
@@ -41,10 +42,17 @@ def test_formats_are_those_of_the_weakest_architecture(target, formats):
 def test_a_format_that_is_missing_has_a_reason_and_a_remedy():
     rtx = TensorRTRTX()
     reason = rtx.unsupported_reason(parse_target("tensorrt-rtx:sm_80"), FP8)
-    assert reason == "sm_80 has no FP8 units; use --precision int8 or a target of sm_89 or later"
+    assert reason == "sm_80 has no FP8 units; use --precision int8 or a target of sm_89, sm_120, sm_121"
     assert "sm_80, sm_86 has no FP8 units" in rtx.unsupported_reason(Target("tensorrt-rtx"), FP8)
-    assert rtx.unsupported_reason(parse_target("tensorrt-rtx:sm_75"), INT8).endswith("use --precision fp16 or a target of sm_80 or later")
+    turing = rtx.unsupported_reason(parse_target("tensorrt-rtx:sm_75"), INT8)
+    assert turing.startswith("sm_75 computes in fp16 x fp16 where INT8 is asked for; ")
+    assert turing.endswith("use --precision fp16 or a target of sm_80, sm_86, sm_89, sm_120, sm_121")
     assert rtx.unsupported_reason(parse_target("tensorrt-rtx:sm_120"), FP8) == ""
+
+
+def test_a_format_that_is_only_emulated_names_no_target():
+    reason = TensorRTRTX().unsupported_reason(parse_target("tensorrt-rtx:sm_120"), MXFP8)
+    assert reason == "sm_120 computes in fp16 x fp8 where MXFP8 is asked for; use --precision int8"
 
 
 def test_the_int8_convolution_that_sm_75_builds_computes_in_fp16(build):

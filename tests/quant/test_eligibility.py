@@ -37,7 +37,7 @@ class TestS1:
         assert linear(k, n) == ((), ("S1",))
 
     def test_sixteen_is_enough(self) -> None:
-        assert linear(16, 16) == (BOTH, ())
+        assert linear(16, 16) == (BOTH, ("R6",))
 
 
 class TestS2:
@@ -115,7 +115,28 @@ def test_p16_the_classifier_of_a_transformer_is_not_fp8(bias: str) -> None:
 
 def test_the_classifier_of_a_cnn_may_be_fp8() -> None:
     (region,) = partition(graph("(float[N,32] x) => (float y) { y = MatMul(x, w) }", w=weight(32, 64)))
-    assert region.formats == BOTH
+    assert region.formats[:2] == BOTH
+
+
+class TestR6:
+    @pytest.mark.parametrize(
+        ("k", "blocked"),
+        [(16, ()), (32, ("nvfp4",)), (48, ("nvfp4",)), (64, ("int4", "nvfp4", "mxfp8")), (250, ()), (256, ("int4", "nvfp4", "mxfp8"))],
+    )
+    def test_products_over_two_whole_blocks_or_more(self, k: int, blocked: tuple[str, ...]) -> None:
+        assert linear(k, 64) == ((*BOTH, *blocked), () if blocked else ("R6",))
+
+    def test_the_longer_side_counts_that_is_summed_over(self) -> None:
+        text = "(float[N,64] x) => (float y) { y = Gemm<transB=1>(x, w) }"
+        (region,) = partition(graph(text, w=weight(250, 64)))
+        assert region.formats == (*BOTH, "int4", "nvfp4", "mxfp8")
+
+    def test_a_transposed_activation_has_its_blocks_elsewhere(self) -> None:
+        (region,) = partition(graph("(float[64,N] x) => (float y) { y = Gemm<transA=1>(x, w) }", w=weight(64, 64)))
+        assert region.formats == BOTH
+
+    def test_convolutions_have_none(self) -> None:
+        assert conv(64, 64, (3, 3))[0] == BOTH
 
 
 def test_every_rule_that_is_cited_is_written_down() -> None:

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploycc.core.formats import FP32, INT8, Format
+from deploycc.core.formats import FP8, INT8, NVFP4, Format
 from deploycc.core.graph import constant
 from deploycc.core.placement import weight_axis
-from deploycc.core.quantizers import decode, largest_code, quantize_weight
+from deploycc.core.quantizers import largest_code
 from deploycc.quant.lrp.movement import to_torch
 from deploycc.quant.lrp.program import Program
 from deploycc.quant.lrp.rules import propagator, ruled_functions
 from deploycc.quant.lrp.scoring import batch_of, per_sample, taped
 from deploycc.quant.lrp.tape import both, walk
 from deploycc.quant.lrp.targets import explained_values, seeds
-from deploycc.quant.sensitivity import Scales, quantized_operands
+from deploycc.quant.sensitivity import Scales, fake_quantized_weight, quantized_operands
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -82,22 +82,41 @@ class LocalNoise:
                 continue
             weight = constant(value)
             if weight is None:
-                inputs[i] = fake_quantized(plain, self._scales[value.name or ""][format.name], format)
+                inputs[i] = fake_quantized(plain, self._scales.get(value.name or "", {}).get(format.name, 1.0), format)
             else:
-                axis = weight_axis(step.node)
-                codes, scale = quantize_weight(weight, axis=axis, format=format, base=FP32)
-                inputs[i] = to_torch(decode(codes, scale, axis=axis))
+                inputs[i] = to_torch(fake_quantized_weight(weight, weight_axis(step.node), format))
         with torch.no_grad():
             result = step.compute(step.node, inputs)
         return result if isinstance(result, Tensor) else result[0]
 
 
 def fake_quantized(x: Tensor, scale: float, format: Format) -> Tensor:
-    """Return ``x`` after ``QuantizeLinear`` and ``DequantizeLinear`` with one scale and zero point 0."""
+    """Return ``x`` as an engine sees it in ``format``: with one calibrated scale, with one per block besides, or as it is."""
+    if format.activations == "none":
+        return x
+    if format.activations == "dynamic":
+        return _in_blocks(x.reshape(*x.shape[:-1], -1, format.block), scale, format).flatten(-2)
     if format == INT8:
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
-    top = largest_code(format)
-    return torch.clamp(x / scale, -top, top).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    return _eight_bits(x / scale) * scale
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    top = largest_code(FP8)
+    return torch.clamp(x, -top, top).to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def _in_blocks(blocks: Tensor, whole: float, format: Format) -> Tensor:
+    """Return ``blocks``, the last axis of which shares a scale, quantized by the formulas of ``deploycc.core.blocks``."""
+    limit, top = blocks.abs().amax(-1, keepdim=True), largest_code(format)
+    if format == NVFP4:
+        scale = _eight_bits(limit / (top * whole)) * whole
+        ratio = torch.where(scale > 0, blocks / scale, 0.0).clamp(-top, top)
+        step = torch.where(ratio.abs() < 2, 0.5, torch.where(ratio.abs() < 4, 1.0, 2.0))
+        return torch.round(ratio / step) * step * scale
+    mantissa, exponent = torch.frexp(limit / top)
+    scale = torch.ldexp(torch.ones_like(limit), exponent - (mantissa == 0.5).int())
+    return _eight_bits(blocks / scale) * scale
 
 
 class SquaredGradients:
