@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from deploycc import registry
 from deploycc.core import child
 from deploycc.core.backend import BuildOptions, Engine
+from deploycc.core.compatibility import parse_compatibility
 from deploycc.core.errors import BackendError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def build_engines(job: Job, folder: Path) -> list[Engine]:
 def _build(job: Job, folder: Path, target: Target, gpu: Lock) -> Engine:
     backend = registry.backend(target.backend)
     out = folder / "engines" / f"{target.slug}{'.onnx' if target.backend == 'onnxruntime' else '.engine'}"
-    options = BuildOptions(job.request.timeout, job.request.workspace, job.request.dcn)
+    options = BuildOptions(job.request.timeout, job.request.workspace, job.request.dcn, parse_compatibility(job.request.compatibility))
     with gpu if backend.doctor().get("needs_gpu") else nullcontext(), job.stage_beside(f"build {target}"):
         engine: Engine = backend.build(folder / "model.onnx", target, out=out, profiles=job.profiles, options=options)
         return engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deploycc import registry
+from deploycc.core.compatibility import MODES, parse_compatibility
 from deploycc.core.errors import UsageError
 from deploycc.core.formats import BF16, FORMATS, FP16, FP32, SIMULATIONS, Format
 from deploycc.core.target import Target, parse_target
@@ -74,6 +75,21 @@ def formats_on_request(overrides: Sequence[Override], offered: Sequence[Format],
     wanted = [o.format for o in overrides]
     _check_native(wanted, targets, at=f"--config {SECTION}", fix="write another format, or build for a target that has it")
     return tuple(f for f in FORMATS.values() if f.is_quantized and f in wanted and f not in offered)
+
+
+def check_compatibility(text: str, targets: Sequence[Target]) -> tuple[str, ...]:
+    """Return the modes that ``text`` names, as sentences with their costs; refuse a mode that a target does not have.
+
+    Raises:
+        UsageError: for an unknown mode, or one that does not exist for a target.
+    """
+    modes = parse_compatibility(text)
+    for target in targets:
+        for mode in modes:
+            if reason := registry.backend(target.backend).unsupported_mode(target, mode):
+                what, _, fix = reason.partition("; ")
+                raise UsageError(what, at=f"--compatibility {text} --target {target}", fix=fix)
+    return tuple(f"--compatibility {mode}: the engine runs on {MODES[mode].gains}; {MODES[mode].costs}" for mode in modes)
 
 
 def _check_native(formats: Sequence[Format], targets: Sequence[Target], *, at: str, fix: str) -> None:

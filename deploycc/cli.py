@@ -107,6 +107,14 @@ def build(
     ] = None,
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Workspace of the target in MiB; default: the builder's.")] = None,
     dcn: Annotated[str, typer.Option(metavar="HOW", help="DCNv3 in TensorRT: body, aot (PTX), or a plugin library's path.")] = "body",
+    compatibility: Annotated[
+        str,
+        typer.Option(
+            metavar="MODES",
+            help="Engines of TensorRT that run elsewhere, too, at a price: version (later releases), ampere-plus (all GPUs from sm_80 on), "
+            "same-arch (all models of this architecture); two with a comma.",
+        ),
+    ] = "",
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -172,7 +180,7 @@ def build(
         model=model, precision=precision, data=data, eval=eval, targets=tuple(target or ()), budget=budget, shapes=tuple(shape or ()),
         out=out, config=config, seed=seed, strict=strict, timeout=timeout, workspace=None if workspace is None else workspace * 2**20,
         merge=merge, rescale=rescale, rounding=rounding, reparam=reparam, sensitivity=sensitivity, relevance_fallback=relevance_fallback,
-        verify_each=verify_each, dump=dump, plan=plan, calibration=calibration, dcn=dcn,
+        verify_each=verify_each, dump=dump, plan=plan, calibration=calibration, dcn=dcn, compatibility=compatibility,
     )  # fmt: skip
     if quiet:
         report, _ = run_build(request, Silent())

@@ -294,6 +294,8 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
         "sensitivity": request.sensitivity,
         "relevance_fallback": request.relevance_fallback,
         "verify_each": request.verify_each,
+        "dcn": request.dcn,
+        "compatibility": request.compatibility,
     }
     report.plan = analysis.summary(plan)
     report.engines = [_engine_row(e, folder) for e in engines]
@@ -322,6 +324,7 @@ def digests_of(job: Job) -> dict[str, Any]:
         "calibration": job.calibration.digest,
         "evaluation": job.evaluation.digest if job.evaluation else None,
         **({"plan": digest_file(job.request.plan)} if job.request.plan else {}),
+        **({"dcn": digest_file(library)} if (library := job.request.plugin_library) else {}),
     }
 
 
@@ -340,6 +343,7 @@ def _model_row(job: Job) -> dict[str, Any]:
 def _engine_row(engine: Engine, folder: Path) -> dict[str, Any]:
     return {
         "target": str(engine.target),
+        "version": engine.version,
         "path": str(engine.path.relative_to(folder)),
         "bytes": engine.bytes,
         "sha256": digest_file(engine.path),

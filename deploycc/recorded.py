@@ -12,7 +12,7 @@ from deploycc.output import is_build
 from deploycc.request import BuildRequest
 
 # Written in another form, or decided by the plan.
-_APART = frozenset({"precision", "regions", "targets", "shapes"})
+_APART = frozenset({"precision", "regions", "targets", "shapes", "dcn"})
 
 
 def request_of(directory: Path) -> BuildRequest:
@@ -42,6 +42,7 @@ def request_of(directory: Path) -> BuildRequest:
         targets=tuple(options["targets"]),
         shapes=tuple(options["profiles"]),
         regions=tuple((pattern, name) for pattern, name in options["regions"]),
+        dcn=_library(options.get("dcn", "body"), directory),
         **decided,
         **{f.name: options[f.name] for f in fields(BuildRequest) if f.name in options and f.name not in _APART},
     )
@@ -62,6 +63,10 @@ def read_json(directory: Path, name: str) -> Any:
 def _found(path: str, directory: Path) -> Path:
     beside = directory.resolve().parent / path
     return beside if not Path(path).exists() and beside.exists() else Path(path)
+
+
+def _library(dcn: str, directory: Path) -> str:
+    return dcn if dcn in ("body", "aot") else str(_found(dcn, directory))
 
 
 def _data(spec: str | None, directory: Path) -> str | None:

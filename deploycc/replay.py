@@ -18,7 +18,7 @@ from deploycc.request import Silent, Watcher, resolve
 DRIFTED = 3
 # Builders are not deterministic: the same program may differ by some bytes of layout.
 ENGINE_SIZE_SLACK = 0.01
-INPUTS = {"model": "model", "weights": "model", "calibration": "data", "evaluation": "eval", "plan": "plan"}
+INPUTS = {"model": "model", "weights": "model", "calibration": "data", "evaluation": "eval", "plan": "plan", "dcn": "dcn"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from deploycc import registry
 from deploycc.backends.probed import lacking
-from deploycc.capability import formats_of_plan, formats_of_precision, formats_on_request, resolve_targets
+from deploycc.capability import check_compatibility, formats_of_plan, formats_of_precision, formats_on_request, resolve_targets
 from deploycc.configuration import read_calibration, read_preprocessing, read_regions
 from deploycc.core.artefact import Artefact
 from deploycc.core.budget import Budget, parse_budget
@@ -116,12 +116,18 @@ class BuildRequest:
     plan: Path | None = None
     calibration: str | None = None
     dcn: str = "body"
+    compatibility: str = ""
     regions: tuple[tuple[str, str], ...] = ()
 
     @property
     def mode(self) -> str:
         """Return what decides the precision: ``plan``, or the name of a precision."""
         return "plan" if self.plan is not None else self.precision
+
+    @property
+    def plugin_library(self) -> Path | None:
+        """Return the plugin library of ``--dcn``, or None."""
+        return Path(self.dcn) if self.dcn not in ("body", "aot") else None
 
     @property
     def directory(self) -> Path:
@@ -211,6 +217,7 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     formats = (*formats, *formats_on_request(overrides, formats, targets))
     _check_passes(request)
     _check_dcn(request, targets)
+    prices = check_compatibility(request.compatibility, targets)
     _check_simulation(request, budget)
     clipping = _clipping(request)
     watch.stage("load")
@@ -225,7 +232,7 @@ def resolve(request: BuildRequest, watch: Watcher) -> Job:
     )  # fmt: skip
     job.report.passes = [asdict(record) for record in records if record.rewrites]
     job.report.seconds["load"] = time.perf_counter() - start
-    for note in (*notes, *calibration.notes, *_lacking(imported, targets)):
+    for note in (*prices, *notes, *calibration.notes, *_lacking(imported, targets)):
         job.warn(note)
     if calibration.synthetic and plan is None and (formats or precision in SIMULATIONS):
         job.warn(
@@ -252,7 +259,7 @@ def _imported(path: Path) -> tuple[Artefact, list[PassRecord]]:
 
 def _check_dcn(request: BuildRequest, targets: Sequence[Target]) -> None:
     at = f"--dcn {request.dcn}"
-    if request.dcn not in ("body", "aot") and not Path(request.dcn).is_file():
+    if (library := request.plugin_library) and not library.is_file():
         raise UsageError(f"there is no plugin library '{request.dcn}'", at=at, fix="write body, aot, or the path of the built library")
     if request.dcn != "body" and all(target.backend != "tensorrt" for target in targets):
         raise UsageError("only TensorRT takes plugins", at=at, fix="add --target tensorrt, or leave --dcn out")

@@ -227,6 +227,9 @@ class TestBuild:
             "relevance_fallback": None,
             "regions": [],
             "verify_each": True,
+            "calibration": "mse",
+            "dcn": "body",
+            "compatibility": "",
             "timeout": None,
             "workspace": None,
         }

@@ -21,6 +21,7 @@ from deploycc.backends.memory import peak_rss_mb
 from deploycc.backends.messages import clean, explain, is_harmless
 from deploycc.backends.modelfile import copy_model, count_nodes
 from deploycc.core import child
+from deploycc.core.compatibility import AMPERE_PLUS, SAME_ARCH, VERSION
 from deploycc.core.errors import BackendError
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def build(
         request = _request(module, model, Path(scratch).resolve(), profiles, options, archs)
         answer = _answer(request, model, out, target, seconds)
         Path(scratch, "engine").replace(out)
-    return Engine(target, out, answer["bytes"], answer["seconds"], answer["peak_rss_mb"], warnings=tuple(_warnings(answer["log"])))
+    told, version = tuple(_warnings(answer["log"])), answer["version"]
+    return Engine(target, out, answer["bytes"], answer["seconds"], answer["peak_rss_mb"], warnings=told, version=version)
 
 
 def _request(
@@ -98,6 +100,7 @@ def _request(
         "shapes": {p.name: [list(p.minimum), list(p.optimum), list(p.maximum)] for p in profiles},
         "workspace": options.workspace,
         "dcn": options.dcn if module == "tensorrt" else "body",
+        "compatibility": list(options.compatibility),
     }
 
 
@@ -177,10 +180,10 @@ def build_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``module``, ``model``, ``partial`` (file to write), ``stderr`` (file that receives what native code prints),
-            ``archs``, ``shapes`` (name to three shapes), ``workspace`` (bytes or null).
+            ``archs``, ``shapes`` (name to three shapes), ``workspace`` (bytes or null), ``dcn``, ``compatibility``.
 
     Returns:
-        ``bytes``, ``seconds``, ``peak_rss_mb`` and ``log``; or ``failures`` and ``log``.
+        ``bytes``, ``seconds``, ``peak_rss_mb``, ``version`` and ``log``; or ``failures`` and ``log``.
     """
     with Path(request["stderr"]).open("ab") as stream:
         os.dup2(stream.fileno(), sys.stderr.fileno())
@@ -194,7 +197,7 @@ def build_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
     if failures is not None:
         return {"failures": failures, "log": log}
     seconds, size = time.perf_counter() - start, Path(request["partial"]).stat().st_size
-    return {"bytes": size, "seconds": seconds, "peak_rss_mb": peak_rss_mb(), "log": log}
+    return {"bytes": size, "seconds": seconds, "peak_rss_mb": peak_rss_mb(), "version": trt.__version__, "log": log}
 
 
 def compile_engine(trt: ModuleType, request: Mapping[str, Any], logger: Any) -> list[dict[str, str]] | None:
@@ -215,6 +218,7 @@ def compile_engine(trt: ModuleType, request: Mapping[str, Any], logger: Any) -> 
     if request["workspace"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"])
     set_archs(trt, config, request["archs"])
+    set_compatibility(trt, config, request.get("compatibility", ()))
     add_profile(builder, network, config, request["shapes"])
     with Path(request["partial"]).open("wb") as stream:
         # The stream form saves one copy of the weights in memory; early releases of TensorRT 10 lack it.
@@ -255,6 +259,15 @@ def set_archs(trt: ModuleType, config: Any, archs: Sequence[str]) -> None:
         config.num_compute_capabilities = len(archs)
     for index, arch in enumerate(archs):
         config.set_compute_capability(getattr(trt.ComputeCapability, arch.replace("sm_", "SM")), index)
+
+
+def set_compatibility(trt: ModuleType, config: Any, modes: Sequence[str]) -> None:
+    """Let the engine run under later versions of TensorRT or on other GPUs (``deploycc.core.compatibility``)."""
+    if VERSION in modes:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    for mode, level in ((AMPERE_PLUS, "AMPERE_PLUS"), (SAME_ARCH, "SAME_COMPUTE_CAPABILITY")):
+        if mode in modes:
+            config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
 
 
 def add_profile(builder: Any, network: Any, config: Any, shapes: Mapping[str, Sequence[Sequence[int]]]) -> None:

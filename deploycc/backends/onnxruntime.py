@@ -69,6 +69,10 @@ class OnnxRuntime:
             return f"ONNX Runtime does not have the operators in which {wanted} is written on the CPU"
         return "ONNX Runtime has no BF16 convolution on the CPU" if wanted == BF16 else ""
 
+    def unsupported_mode(self, target: Target, mode: str) -> str:
+        """Return an empty string: what is built is an ONNX file, which is bound to no version and no machine."""
+        return ""
+
     def build(self, model: Path, target: Target, *, out: Path, profiles: Sequence[Profile], options: BuildOptions) -> Engine:
         """Copy ``model`` (and its external data) to ``out`` after a child process has loaded it.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deploycc.core.compatibility import AMPERE_PLUS, SAME_ARCH
 from deploycc.core.errors import BackendError
 from deploycc.core.formats import BF16, FP8, FP16, FP32, INT4, INT8, MXFP8, NVFP4, Format
+from deploycc.core.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -14,10 +16,11 @@ if TYPE_CHECKING:
 
     from deploycc.core.backend import BuildOptions, Engine
     from deploycc.core.shapes import Profile
-    from deploycc.core.target import Target
 
 # The first architecture with native arithmetic in each format, as NVIDIA states: there is no builder to ask without such a GPU.
 SINCE: dict[Format, int] = {FP32: 75, FP16: 75, INT8: 75, BF16: 80, INT4: 80, FP8: 89, NVFP4: 100, MXFP8: 100}
+# The first architecture that a hardware-compatible engine can be built on.
+OLDEST_COMPATIBLE = 80
 # Numbers of CUDA's driver API for cuDeviceGetAttribute.
 _MAJOR, _MINOR = 75, 76
 
@@ -29,8 +32,9 @@ class TensorRT:
     name: str = "tensorrt"
 
     def resolve(self, target: Target) -> Target:
-        """Return ``target``: without an architecture it means the GPU of the building machine."""
-        return target
+        """Return ``target`` with the architecture of this machine's GPU when none was asked for."""
+        here = present_arch() if not target.archs else None
+        return Target(target.backend, (f"sm_{here}",)) if here else target
 
     def formats(self, target: Target) -> frozenset[Format]:
         """Return the formats that every architecture of ``target`` computes in natively (every format if none is known)."""
@@ -44,6 +48,13 @@ class TensorRT:
             return ""
         best = "fp16" if wanted == BF16 else "int8"
         return f"{lacking} has no {wanted.name.upper()} units; use --precision {best} or a target of sm_{SINCE[wanted]} or later"
+
+    def unsupported_mode(self, target: Target, mode: str) -> str:
+        """Return why an engine for ``target`` cannot be as compatible as ``mode`` says, and what to do; empty when it can."""
+        older = ", ".join(f"sm_{arch}" for arch in _archs(target) if arch < OLDEST_COMPATIBLE)
+        if mode != AMPERE_PLUS or not older:
+            return ""
+        return f"{AMPERE_PLUS} begins with sm_{OLDEST_COMPATIBLE}, and the target is {older}; build on a later GPU, or use {SAME_ARCH}"
 
     def build(self, model: Path, target: Target, *, out: Path, profiles: Sequence[Profile], options: BuildOptions) -> Engine:
         """Build ``model`` for the GPU of this machine into ``out``.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deploycc.backends.probed import COMPUTES, reason_against
+from deploycc.core.compatibility import VERSION
 from deploycc.core.formats import BF16, FORMATS, FP16, INT8, Format
 from deploycc.core.target import ARCHS, Target
 
@@ -45,6 +46,13 @@ class TensorRTRTX:
         archs, reason, name = ", ".join(reasons), next(iter(reasons.values())), wanted.name.upper()
         has = f"{archs} {reason} where {name} is asked for" if reason.startswith(COMPUTES) else f"{archs} has no {name} units"
         return f"{has}; use --precision {best}{other}"
+
+    def unsupported_mode(self, target: Target, mode: str) -> str:
+        """Return why an engine for ``target`` cannot be as compatible as ``mode`` says, and what to do: it never can."""
+        if mode == VERSION:
+            return "TensorRT-RTX comes without the lean runtime that such an engine needs; build again for each version of it"
+        archs = "+".join(ARCHS[self.name][1:])
+        return f"an engine of {self.name} runs on the architectures that it is built for; name them, as in --target {self.name}:{archs}"
 
     def build(self, model: Path, target: Target, *, out: Path, profiles: Sequence[Profile], options: BuildOptions) -> Engine:
         """Build ``model`` for all architectures of ``target`` into ``out`` and read back what it computes in.

@@ -22,12 +22,14 @@ class BuildOptions:
     """Options of one engine build.
 
     ``timeout`` is the seconds until the child is killed (None: by the graph's size), ``workspace`` the target's in bytes. ``dcn`` says how
-    TensorRT computes DCNv3: ``body``, ``aot``, or the path of a plugin library; other backends know the body only.
+    TensorRT computes DCNv3: ``body``, ``aot``, or the path of a plugin library; other backends know the body only. ``compatibility`` names
+    modes of ``deploycc.core.compatibility``.
     """
 
     timeout: float | None = None
     workspace: int | None = None
     dcn: str = "body"
+    compatibility: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Realised:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A built engine on disk."""
+    """A built engine on disk; ``version`` is that of the library that built it."""
 
     target: Target
     path: Path
@@ -56,6 +58,7 @@ class Engine:
     peak_rss_mb: float = 0.0
     realised: Realised = field(default_factory=Realised)
     warnings: tuple[str, ...] = ()
+    version: str = ""
 
 
 class Executor(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploycc.core.compatibility import parse_compatibility
 from deploycc.core.errors import UsageError
 from deploycc.core.shapes import Profile, parse_shape
 from deploycc.core.target import Target, parse_target
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """One engine of a build: its target, its file, and the version of the builder (empty for ``onnxruntime``)."""
+    """One engine of a build: its target, its file, the version of its builder (empty for ``onnxruntime``), and its compatibility."""
 
     target: Target
     path: Path
     version: str
+    compatibility: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def read_build(directory: Path) -> Build:
     rows = report["engines"]
     for row in rows:
         _check(directory / row["path"], row["sha256"])
-    versions = manifest["versions"]
     targets = [parse_target(row["target"]) for row in rows]
-    engines = tuple(BuiltEngine(t, directory / r["path"], versions.get(t.backend, "")) for t, r in zip(targets, rows, strict=True))
+    modes = parse_compatibility(manifest["options"].get("compatibility", ""))
+    engines = tuple(BuiltEngine(t, directory / r["path"], r.get("version", ""), modes) for t, r in zip(targets, rows, strict=True))
     profiles = tuple(Profile(name, *(shapes * 3)[:3]) for name, shapes in map(parse_shape, report["model"]["profiles"]))
     return Build(directory, report, manifest, load_model(directory / "model.onnx").model, profiles, engines)
 

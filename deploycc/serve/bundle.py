@@ -92,7 +92,7 @@ def _write(request: BundleRequest, build: Build, folder: Path) -> Bundled:
     if interface.batch and (mixing := _mixes_samples(executor, feeds, outputs)):
         notes.append(f"requests are not joined into batches: {mixing}")
         interface = Interface(interface.inputs, interface.outputs, None)
-    plugins = [_plugin(path, folder) for path in request.plugins]
+    plugins = [_plugin(path, folder) for path in request.plugins or _recorded_plugins(build)]
     variants = [_engine_variant(e, build, plugins, outputs, folder) for e in build.engines if e.target.backend != "onnxruntime"]
     variants += _onnx_variants(build, feeds, outputs, folder, notes)
     manifest = {
@@ -145,7 +145,15 @@ def _engine_variant(engine: BuiltEngine, build: Build, plugins: Sequence[str], o
     (folder / "engines").mkdir(exist_ok=True)
     shutil.copyfile(engine.path, folder / path)
     limits = golden.limits(build.sqnr_db, nodes=len(build.model.graph), unit=TF32_UNIT)
-    requires = {"version": engine.version, "archs": list(engine.target.archs), "plugins": list(plugins)}
+    if not (engine.target.archs and engine.version):
+        what = f"the build does not say which GPU and which version {engine.path.name} is for"
+        raise UsageError(what, at=str(build.directory), fix="build again with this version of deploycc")
+    requires = {
+        "version": engine.version,
+        "archs": list(engine.target.archs),
+        "plugins": list(plugins),
+        "compatible": list(engine.compatibility),
+    }
     return {
         "kind": engine.target.backend,
         "path": path,
@@ -202,6 +210,18 @@ def _plugin(path: Path, folder: Path) -> str:
     (folder / "plugins").mkdir(exist_ok=True)
     shutil.copyfile(path, folder / "plugins" / path.name)
     return f"plugins/{path.name}"
+
+
+def _recorded_plugins(build: Build) -> list[Path]:
+    """Return the plugin library that the engines were built with, which must be the one of that time."""
+    digest = build.manifest["inputs"].get("dcn")
+    if digest is None:
+        return []
+    library = Path(build.manifest["options"]["dcn"])
+    if not library.is_file() or digest_file(library) != digest:
+        what = f"the plugin library {library} that the engines were built with is missing or has changed"
+        raise UsageError(what, at=str(build.directory), fix="name it with --plugin, or build again")
+    return [library]
 
 
 def _labels(request: BundleRequest, folder: Path) -> str | None:

@@ -42,6 +42,7 @@ class TestContents:
         assert (engine["kind"], model["kind"], portable["kind"]) == ("tensorrt-rtx", "onnx", "onnx-fp32")
         assert engine["requires"]["archs"] == ["sm_89"]
         assert engine["requires"]["version"].count(".") == 3
+        assert engine["requires"]["compatible"] == []
 
     def test_the_interface_is_that_of_the_model_and_its_profiles(self, bundled: Bundled) -> None:
         (spec,) = bundled.manifest["inputs"]
@@ -72,6 +73,27 @@ class TestContents:
         found = bundle(BundleRequest(built, out=tmp_path / "b", plugins=(tmp_path / "libp.so",)))
         assert found.manifest["variants"][0]["requires"]["plugins"] == ["plugins/libp.so"]
         assert "plugins/libp.so" in found.manifest["files"]
+
+    def test_the_library_and_the_modes_of_the_build_are_required_without_being_named_again(self, copied: Path, tmp_path: Path) -> None:
+        library = tmp_path / "libd.so"
+        library.write_bytes(b"\x7fELF")
+        manifest = json.loads((copied / "manifest.json").read_text())
+        manifest["inputs"]["dcn"] = hashlib.sha256(library.read_bytes()).hexdigest()
+        manifest["options"] |= {"dcn": str(library), "compatibility": "version"}
+        (copied / "manifest.json").write_text(json.dumps(manifest))
+        requires = bundle(BundleRequest(copied, out=tmp_path / "b")).manifest["variants"][0]["requires"]
+        assert (requires["plugins"], requires["compatible"]) == (["plugins/libd.so"], ["version"])
+        library.write_bytes(b"other")
+        with pytest.raises(UsageError, match="is missing or has changed"):
+            bundle(BundleRequest(copied, out=tmp_path / "b"))
+
+    @pytest.mark.parametrize("change", [{"target": "tensorrt"}, {"version": ""}])
+    def test_an_engine_of_which_nothing_is_known_is_refused(self, copied: Path, tmp_path: Path, change: dict[str, str]) -> None:
+        report = json.loads((copied / "report.json").read_text())
+        report["engines"][0] |= change
+        (copied / "report.json").write_text(json.dumps(report))
+        with pytest.raises(UsageError, match="does not say which GPU and which version"):
+            bundle(BundleRequest(copied, out=tmp_path / "b"))
 
     def test_without_the_data_of_the_build_golden_inputs_are_synthetic(self, copied: Path, tmp_path: Path) -> None:
         manifest = json.loads((copied / "manifest.json").read_text())

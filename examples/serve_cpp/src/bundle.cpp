@@ -65,9 +65,11 @@ Variant read_variant(const JsonReader& json, const Bundle& bundle) {
     Variant variant{json["kind"].text(64), json["path"].text(), {}, read_golden(json["golden"], bundle)};
     if (json.has("requires")) {
         const JsonReader needs = json["requires"];
-        variant.requires_ = Requirement{needs["version"].text(64), texts(needs["archs"]), texts(needs["plugins"]), "exact"};
-        if (needs.has("compatible")) variant.requires_.compatible = needs["compatible"].text(16);
-        if (variant.requires_.compatible != "exact" && variant.requires_.compatible != "version") needs.fail("an engine that is compatible 'exact' or 'version'");
+        variant.requires_ = Requirement{needs["version"].text(64), texts(needs["archs"]), texts(needs["plugins"]), {}};
+        if (needs.has("compatible")) variant.requires_.compatible = texts(needs["compatible"]);
+        for (const std::string& mode : variant.requires_.compatible) {
+            if (mode != "version" && mode != "ampere-plus" && mode != "same-arch") needs.fail("an engine whose compatibility is 'version', 'ampere-plus' or 'same-arch'");
+        }
     }
     return variant;
 }
@@ -147,6 +149,8 @@ void check_shape(const InputSpec& spec, const Tensor& tensor) {
 }
 
 }  // namespace
+
+bool Requirement::is_compatible(const std::string& mode) const { return std::find(compatible.begin(), compatible.end(), mode) != compatible.end(); }
 
 Bytes Bundle::read(const std::string& path) const {
     const auto record = files.find(path);

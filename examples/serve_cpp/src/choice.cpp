@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <sstream>
 
 #include "deploycc/executor.hpp"
@@ -7,12 +9,16 @@
 namespace deploycc {
 namespace {
 
-// The first `parts` numbers of a version.
-std::string leading(const std::string& version, int parts) {
-    std::size_t end = 0;
-    for (int i = 0; i < parts && end != std::string::npos; ++i) end = version.find('.', end + (i > 0));
-    return version.substr(0, end);
+// The first three numbers of a version.
+std::array<int, 3> numbers(const std::string& version) {
+    std::array<int, 3> found{};
+    std::istringstream text(version);
+    char dot = '.';
+    text >> found[0] >> dot >> found[1] >> dot >> found[2];
+    return found;
 }
+
+constexpr int FIRST_AMPERE = 80;
 
 std::string joined(const std::vector<std::string>& texts) {
     std::string all;
@@ -23,12 +29,16 @@ std::string joined(const std::vector<std::string>& texts) {
 }  // namespace
 
 std::string mismatch(const Requirement& needs, const std::string& library, const std::string& version, const std::string& arch) {
-    const int parts = needs.compatible == "version" ? 1 : 3;
-    if (!needs.version.empty() && leading(needs.version, parts) != leading(version, parts)) {
-        return "built by " + library + " " + needs.version + ", this machine has " + version + (parts == 1 ? " (the major versions must agree)" : " (engines run with the version that built them)");
+    const auto built = numbers(needs.version), here = numbers(version);
+    const bool any_later = needs.is_compatible("version");
+    if (!needs.version.empty() && (any_later ? built[0] != here[0] || here < built : here != built)) {
+        const std::string rule = any_later ? "it runs under that version and later ones of the same major version" : "engines run with the version that built them";
+        return "built by " + library + " " + needs.version + ", this machine has " + version + " (" + rule + ")";
     }
-    if (!needs.archs.empty() && std::find(needs.archs.begin(), needs.archs.end(), arch) == needs.archs.end()) {
-        return "built for " + joined(needs.archs) + ", " + (arch.empty() ? "and this machine has no GPU" : "this GPU is " + arch);
+    const bool any_ampere = needs.is_compatible("ampere-plus") && arch.rfind("sm_", 0) == 0 && std::atoi(arch.c_str() + 3) >= FIRST_AMPERE;
+    if (!needs.archs.empty() && !any_ampere && std::find(needs.archs.begin(), needs.archs.end(), arch) == needs.archs.end()) {
+        const std::string all = joined(needs.archs) + (needs.is_compatible("ampere-plus") ? " and every GPU from sm_80 on" : "");
+        return "built for " + all + ", " + (arch.empty() ? "and this machine has no GPU" : "this GPU is " + arch);
     }
     return "";
 }

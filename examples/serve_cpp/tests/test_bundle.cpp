@@ -71,7 +71,7 @@ TEST_CASE("every part of bundle.json is checked, and named when it is wrong") {
     CHECK(contains(refusal_with("/variants/0/golden/0/output", "z"), "golden output of this model"));
     CHECK(contains(refusal_with("/variants/1/path", "other.onnx"), "'other.onnx' is used but not listed"));
     CHECK(contains(refusal_with("/variants/0/requires/plugins", {"p.so"}), "'p.so' is used but not listed"));
-    CHECK(contains(refusal_with("/variants/0/requires/compatible", "maybe"), "'exact' or 'version'"));
+    CHECK(contains(refusal_with("/variants/0/requires/compatible", {"maybe"}), "compatibility is 'version'"));
     CHECK(contains(refusal_with("/golden/inputs", nlohmann::json::object()), "golden input of x"));
     CHECK(contains(refusal_with("/labels", "labels.txt"), "'labels.txt' is used but not listed"));
     CHECK(contains(refusal_with("/files/model.onnx/bytes", -1), "integer"));
@@ -121,8 +121,20 @@ TEST_CASE("an engine of another version or architecture is refused before it is 
     CHECK(contains(choice_with("10.16.1.11", "sm_90", "opencv"), "no executor 'opencv'"));
 }
 
-TEST_CASE("a version-compatible engine needs the same major version only") {
-    const Requirement needs{"10.16.1.11", {}, {}, "version"};
-    CHECK(mismatch(needs, "tensorrt", "10.3.0.26", "sm_90").empty());
-    CHECK(contains(mismatch(needs, "tensorrt", "11.0.0.1", "sm_90"), "major versions must agree"));
+TEST_CASE("a version-compatible engine runs under later releases of its major version") {
+    const Requirement needs{"10.16.1.11", {}, {}, {"version"}};
+    CHECK(mismatch(needs, "tensorrt", "10.16.1.11", "sm_90").empty());
+    CHECK(mismatch(needs, "tensorrt", "10.17.0.2", "sm_90").empty());
+    CHECK(contains(mismatch(needs, "tensorrt", "10.3.0.26", "sm_90"), "under that version and later ones"));
+    CHECK(contains(mismatch(needs, "tensorrt", "11.0.0.1", "sm_90"), "of the same major version"));
+}
+
+TEST_CASE("a hardware-compatible engine runs on every GPU that its mode names") {
+    const Requirement ampere{"10.16.1.11", {"sm_86"}, {}, {"ampere-plus"}}, same{"10.16.1.11", {"sm_86"}, {}, {"same-arch"}};
+    for (const char* arch : {"sm_80", "sm_86", "sm_90", "sm_120"}) CHECK(mismatch(ampere, "tensorrt", "10.16.1.11", arch).empty());
+    CHECK(contains(mismatch(ampere, "tensorrt", "10.16.1.11", "sm_75"), "built for sm_86 and every GPU from sm_80 on, this GPU is sm_75"));
+    CHECK(contains(mismatch(ampere, "tensorrt", "10.17.0.2", "sm_86"), "engines run with the version that built them"));
+    CHECK(contains(mismatch(ampere, "tensorrt", "10.16.1.11", ""), "this machine has no GPU"));
+    CHECK(mismatch(same, "tensorrt", "10.16.1.11", "sm_86").empty());
+    CHECK(contains(mismatch(same, "tensorrt", "10.16.1.11", "sm_90"), "built for sm_86, this GPU is sm_90"));
 }

@@ -30,7 +30,10 @@ struct Requirement {
     std::string version;             // of the library that built the engine; empty: any
     std::vector<std::string> archs;  // such as sm_89; empty: any
     std::vector<std::string> plugins;
-    std::string compatible = "exact";  // or "version": any release of the same major version
+    // "version": also later releases of the same major version; "ampere-plus": also any GPU from sm_80 on; "same-arch": nothing more to check.
+    std::vector<std::string> compatible;
+
+    bool is_compatible(const std::string& mode) const;
 };
 
 struct GoldenOutput {

@@ -159,9 +159,7 @@ public:
     std::string refusal(const Variant& variant) const override {
         if (!tensorrt_library().is_open()) return "its library is not installed (" + tensorrt_library().error() + "); set TENSORRT_LIBRARY to its path";
         const std::string version = tensorrt_version(), arch = gpu_arch();
-        // TensorRT-RTX changes its interface between minor releases, TensorRT between major ones.
-        const Requirement headers{tensorrt_header_version(), {}, {}, "version"};
-        if (const std::string why = mismatch(headers, "headers of TensorRT", version, arch); !why.empty()) return "this runner was " + why;
+        if (!speaks_to(version)) return "this runner was built with the headers of " + tensorrt_header_version() + ", the library here is " + version;
         if (const std::string why = mismatch(variant.requires_, name(), version, arch); !why.empty()) return why;
         return arch.empty() ? "this machine has no GPU with a driver" : "";
     }

@@ -65,6 +65,15 @@ DataType datatype_of(nvinfer1::DataType type, const std::string& name) {
     throw Refusal(Kind::backend, "the tensor '" + name + "' is of a type that is not transported", "", "cast it in the model");
 }
 
+bool speaks_to(const std::string& version) {
+#ifdef TRT_MAJOR_RTX
+    const std::string same = std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) + ".";
+#else
+    const std::string same = std::to_string(NV_TENSORRT_MAJOR) + ".";
+#endif
+    return version.rfind(same, 0) == 0;
+}
+
 nvinfer1::Dims dims_of(const Shape& shape) {
     nvinfer1::Dims dims{};
     dims.nbDims = static_cast<std::int32_t>(shape.size());
@@ -114,6 +123,8 @@ std::shared_ptr<LoadedEngine> load_engine(const Bundle& bundle, const Variant& v
             throw Refusal(Kind::backend, "TensorRT does not load the plugin library: " + loaded->logger.take(), plugin, "build it for this version of TensorRT and CUDA");
         }
     }
+    // Such an engine brings a runtime of its own, which is code. Its hash is checked before it runs.
+    if (variant.requires_.is_compatible("version")) loaded->runtime->setEngineHostCodeAllowed(true);
     const Bytes file = bundle.read(variant.path);
     loaded->engine.reset(loaded->runtime->deserializeCudaEngine(file.data(), file.size()));
     if (!loaded->engine) throw Refusal(Kind::backend, "TensorRT does not load the engine: " + loaded->logger.take(), variant.path, "build it on this machine");

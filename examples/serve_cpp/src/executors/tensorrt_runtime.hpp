@@ -25,6 +25,9 @@ const Library& tensorrt_library();
 std::string tensorrt_version();
 std::string tensorrt_header_version();
 
+// Whether a library of that version has the interface of the headers: TensorRT-RTX changes it between minor releases, TensorRT between major ones.
+bool speaks_to(const std::string& version);
+
 // Throws Refusal for a type that no protocol transports.
 DataType datatype_of(nvinfer1::DataType type, const std::string& name);
 nvinfer1::Dims dims_of(const Shape& shape);
