@@ -116,6 +116,7 @@ def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
         overrides=job.overrides,
         clipping=job.clipping,
         known=known[0] if known else None,
+        samples_codes=job.request.dcn != "body",
     )
     _report_analysis(job, analysis)
     return canonical, analysis
@@ -134,7 +135,7 @@ def _ranges_key(job: Job, digest: str) -> str:
 
 def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, Analysis]:
     """Take the decisions of a plan from a file: nothing is calibrated, scored or chosen again."""
-    check_fit(plan, canonical.model, digest=canonical.digest, at=f"--plan {job.request.plan}")
+    check_fit(plan, canonical.model, digest=canonical.digest, at=f"--plan {job.request.plan}", samples_codes=job.request.dcn != "body")
     regions = tuple(a.region for a in plan.assignments)
     analysis = Analysis(regions, plan.base, job.formats, job.targets[0], job.batch, canonical.digest, settled=plan)
     analysis.costs = estimate_all(regions, job.targets[0], batch=job.batch)

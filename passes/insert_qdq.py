@@ -22,7 +22,7 @@ from deploycc.core.blocks import (
 from deploycc.core.graph import add_initializer, constant, fresh_name, is_constant, rank, taken_names
 from deploycc.core.identity import adopt_pairs
 from deploycc.core.passes import Decline, PassResult, Phase, Rewrite
-from deploycc.core.placement import weight_axis
+from deploycc.core.placement import takes_codes, weight_axis
 from deploycc.core.quantizers import quantize_weight, scale_like
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class _Writer:
     def quantize(self, assignment: Assignment) -> None:
         """Quantize every operand of every anchor and the residuals, or nothing of the region."""
         region, format = assignment.region, assignment.format
-        operands = [(n, i) for n, i in self._operands(region) if format.activations != "none" or is_constant(n.inputs[i])]
+        operands = [(n, i) for n, i in self._operands(region, format) if format.activations != "none" or is_constant(n.inputs[i])]
         declines = [
             Decline(n, "NO_NODE", f"the plan names '{n}', which the graph does not have") for n in region.anchors if n not in self.nodes
         ]
@@ -111,12 +111,12 @@ class _Writer:
         proof = f"|error| <= scale/2 per operand in range ({format.name})"
         self.rewrites.extend(Rewrite(name, f"{format.name} operands", proof) for name in dict.fromkeys(changed))
 
-    def _operands(self, region: Region) -> Iterator[tuple[ir.Node, int]]:
-        """Yield what the region quantizes: both operands of its anchors (P1), and of a residual Add the skip (P4)."""
+    def _operands(self, region: Region, format: Format) -> Iterator[tuple[ir.Node, int]]:
+        """Yield what the region quantizes: both operands of its anchors (P1), of a residual Add the skip (P4), of DCNv3 its x."""
         anchors = [self.nodes[name] for name in region.anchors if name in self.nodes]
         yield from ((anchor, i) for anchor in anchors for i in (0, 1))
         for node in (self.nodes[name] for name in region.nodes if name in self.nodes):
-            if node.op_type == "Add":
+            if takes_codes(node, format):
                 yield from ((node, i) for i, v in enumerate(node.inputs) if v is not None and v.name in region.residuals)
 
     def _scale(self, value: ir.Value, format: Format) -> float | None:

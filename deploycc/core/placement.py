@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from deploycc.core.dcnv3 import PLAIN, is_dcnv3
+from deploycc.core.formats import INT8, Format
 from deploycc.core.graph import attribute, rank
+
+
+def takes_codes(node: ir.Node, format: Format) -> bool:
+    """Return whether ``node``, though no anchor, reads a residual of its region in ``format``: an Add any (P4), DCNv3 its x in INT8."""
+    return node.op_type == "Add" or (is_dcnv3(node) and node.op_type == PLAIN and format == INT8)
 
 
 def weight_axis(node: ir.Node) -> int:

@@ -121,6 +121,7 @@ def analyse(
     overrides: Sequence[Override] = (),
     clipping: Clipping = DEFAULT,
     known: Statistics | None = None,
+    samples_codes: bool = False,
 ) -> Analysis:
     """Partition and, where formats are to be inserted, calibrate; where they are to be chosen, score.
 
@@ -142,12 +143,13 @@ def analyse(
         overrides: what the user decided about regions.
         clipping: how far the range of an activation reaches.
         known: statistics of the same graph on the same data, if there are any; of the same values, they spare the pass over the data.
+        samples_codes: whether DCNv3 is computed by a kernel that reads INT8 (``regions.partition``).
 
     Raises:
         UsageError: for an unknown sensitivity, where the model cannot be scored by it, or for an override that fits no region.
     """
     method = method_named(sensitivity)
-    regions, forced = settle(partition(model), overrides, base=base)
+    regions, forced = settle(partition(model, samples_codes=samples_codes), overrides, base=base)
     analysis = Analysis(
         regions, base, tuple(formats), target, batch, digest,
         sensitivity=sensitivity, rescales=rescales or {}, forced=forced, clipping=clipping,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploycc.core.dcnv3 import PLAIN, X, is_dcnv3
 from deploycc.core.dimensions import dimensions
 from deploycc.core.graph import constant, is_constant, sole_consumer
 from deploycc.core.identity import scope_of
@@ -31,8 +32,11 @@ _TRANSPARENT = frozenset(
 )
 
 
-def partition(model: ir.Model) -> tuple[Region, ...]:
-    """Return the regions of ``model`` in topological order; no node belongs to two of them. Work is counted per sample."""
+def partition(model: ir.Model, *, samples_codes: bool = False) -> tuple[Region, ...]:
+    """Return the regions of ``model`` in topological order; no node belongs to two of them. Work is counted per sample.
+
+    ``samples_codes`` says that DCNv3 is computed by a kernel that reads INT8: then the projection behind it takes it into its region.
+    """
     order = {node: i for i, node in enumerate(model.graph)}
     taken: set[ir.Node] = set()
     cores = _attention_cores(model.graph, taken)
@@ -48,6 +52,9 @@ def partition(model: ir.Model) -> tuple[Region, ...]:
             taken.update(grown)
             members.extend(grown)
             residuals.extend(skips)
+        if samples_codes and (sampler := _sampler_before(group)):
+            members.append(sampler)
+            residuals.append(sampler.inputs[X].name or "")  # type: ignore[union-attr]
         members.sort(key=order.__getitem__)
         regions.append((order[group[0]], _weighted_region(group, members, residuals, transformer=transformer)))
     ordered = [region for _, region in sorted(regions, key=lambda pair: pair[0])]
@@ -152,6 +159,14 @@ def _grow(anchor: ir.Node, taken: set[ir.Node], depth: dict[ir.Node, int]) -> tu
         grown.append(node)
         value = node.outputs[0]
     return grown, residuals if anchor.op_type == "Conv" else []
+
+
+def _sampler_before(group: list[ir.Node]) -> ir.Node | None:
+    """Return the node of DCNv3 that only the one projection in ``group`` reads."""
+    value = group[0].inputs[0]
+    node = value.producer() if value is not None and len(group) == 1 else None
+    is_sampler = node is not None and is_dcnv3(node) and node.op_type == PLAIN and sole_consumer(node.outputs[0]) is group[0]
+    return node if is_sampler else None
 
 
 def _gated(product: ir.Node, gate: ir.Value) -> ir.Node | None:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from deploycc.core.blocks import block_axis, dynamic_quantizer, quantize_blocks
 from deploycc.core.formats import FP32, Format
 from deploycc.core.graph import add_initializer, constant
-from deploycc.core.placement import weight_axis
+from deploycc.core.placement import takes_codes, weight_axis
 from deploycc.core.quantizers import decode, quantize_weight, scale_like
 from deploycc.quant.classes import class_axis
 
@@ -192,18 +192,21 @@ def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scal
         gather = ir.node("Gather", [flags, index], {"axis": 0}, name=f"switch_gather_{position}")
         gather.outputs[0].name = f"switch_flag_{position}"
         graph.insert_before(nodes[region.anchors[0]], gather)
-        for name, operands in quantized_operands(region, nodes):
+        for name, operands in quantized_operands(region, nodes, format):
             _switch(graph, nodes[name], gather.outputs[0], operands, format, scales)
     graph.sort()
     return clone
 
 
-def quantized_operands(region: Region, nodes: Mapping[str | None, ir.Node]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the nodes of ``region`` with quantized operands and which those are: of anchors both, of a residual Add the skip (P4)."""
+def quantized_operands(region: Region, nodes: Mapping[str | None, ir.Node], format: Format = FP32) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the nodes of ``region`` with quantized operands and which those are.
+
+    Of anchors both, of a residual Add the skip (P4), of DCNv3 its x where ``format`` is INT8.
+    """
     yield from ((name, (0, 1)) for name in region.anchors)
     for name in region.nodes:
         skips = tuple(i for i, v in enumerate(nodes[name].inputs) if v is not None and v.name in region.residuals)
-        if nodes[name].op_type == "Add" and skips:
+        if skips and takes_codes(nodes[name], format):
             yield name, skips
 
 
@@ -225,7 +228,7 @@ def _branch(graph: ir.Graph, node: ir.Node, operands: tuple[int, ...], format: F
     for i in operands:
         inputs[i] = _quantized_operand(graph, node, i, format, scales, inner)
     label = f"{node.name}_{format.name if operands else 'plain'}"
-    copy = ir.Node("", node.op_type, inputs, list(node.attributes.values()), name=label)
+    copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), name=label)
     copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = f"{label}_out", node.outputs[0].type, node.outputs[0].shape
     return ir.Graph([], [copy.outputs[0]], nodes=[*inner, copy], name=f"{label}_branch")
 
