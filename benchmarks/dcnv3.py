@@ -65,7 +65,7 @@ KERNELS = (
 TEXT = """#include "{header}"
 using namespace deploycc;
 template <class Run>
-__global__ void __launch_bounds__(128, 4) kernel(const __grid_constant__ Problem p) {{
+__global__ void __launch_bounds__(128) kernel(const __grid_constant__ Problem p) {{
     const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
     if (item < p.items) Run::run(p, item);
 }}

@@ -6,8 +6,12 @@ namespace {
 
 constexpr int kThreads = 128;
 
+// For kernels of unknown size ptxas would spill a register for one block more on a multiprocessor; for known ones its own choice (0) is right.
 template <class Run>
-__global__ void __launch_bounds__(kThreads) dcnv3_kernel(const __grid_constant__ Problem problem) {
+constexpr int kFewestBlocks = Run::kKernel == 0 ? 4 : 0;
+
+template <class Run>
+__global__ void __launch_bounds__(kThreads, kFewestBlocks<Run>) dcnv3_kernel(const __grid_constant__ Problem problem) {
     const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (item < problem.items) {
         Run::run(problem, item);

@@ -172,6 +172,7 @@ inline std::string make_problem(const Attributes& a, const Operand& x, const Ope
 // One compiled kernel.
 template <class X, class Source, class Math, int V, int Kernel>
 struct Instance {
+    static constexpr int kKernel = Kernel;
     DC_INLINE static void run(const Problem& p, std::int64_t item) { compute<X, Source, Math, V, Kernel>(p, item); }
 };
 
