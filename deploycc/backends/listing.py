@@ -24,7 +24,7 @@ QUANTIZED = ("int8", "fp8", "int4", "fp4")
 # The ops that multiply matrices: their short names in the counts, and how many of their inputs are operands.
 COMPUTE = {"corrltn": ("conv", 2), "deconvolution": ("deconv", 2), "fully_connected": ("fc", 2), "_gemm_mha_v2": ("mha", 3)}
 _MOVES = re.compile(r"__myl_(?:Tran|Resh|Move|Slic|Etc)+")
-_TENSOR = re.compile(r'^ *(?:sub_)?tensor=\{[^\n]* name="([^"]*)"[^\n]* type=(\w+) \}', re.MULTILINE)
+_TENSOR = re.compile(r'^ *(?:sub_)?tensor=\{[^\n]* name="([^"]*)"[^\n]* type=(\w+) [^\n]*\}', re.MULTILINE)
 _OP = re.compile(r"^  (corrltn|deconvolution|fully_connected|runtime_fusion|function)=\{ ([^\n]*)", re.MULTILINE)
 _INPUTS = re.compile(r' input(?:_args)?=\{((?: ?"[^"]*")*) ?\}')
 # A listing runs from its header to the first byte that is not text; 0x1f separates the names of ONNX nodes.
@@ -62,7 +62,7 @@ def read_listing(engine: bytes) -> Realised:
         constants = {found[1] for found in _TENSOR.finditer(listing) if " const_payload_size=" in found[0]}
         for op in ops(listing):
             counts["kernels"] += 1
-            if compute := _compute(op, types):
+            if compute := _compute(op, types, constants):
                 label, found = compute
                 counts[label] += 1
                 for node in op.nodes:
@@ -101,7 +101,7 @@ def ops(listing: str) -> Iterator[Op]:
         )
 
 
-def _compute(op: Op, types: Mapping[str, str]) -> tuple[str, tuple[str, ...]] | None:
+def _compute(op: Op, types: Mapping[str, str], constants: set[str]) -> tuple[str, tuple[str, ...]] | None:
     """Return the count's label and the operand types if ``op`` multiplies matrices."""
     if op.kind == "runtime_fusion" and "Fc" in op.name:
         return _fused(op, types)
@@ -109,7 +109,11 @@ def _compute(op: Op, types: Mapping[str, str]) -> tuple[str, tuple[str, ...]] | 
     if known is None:
         return None
     label, arity = known
-    found = tuple(types.get(name, "unknown") for name in op.inputs[:arity])
+    operands = op.inputs[:arity]
+    if label == "mha":
+        # The biases of the scores, position tables and masks, stand between the key and the value; the sizes come last.
+        operands = (*op.inputs[:2], *[n for n in op.inputs[2:] if n not in constants and types.get(n) in (*FLOATS, *QUANTIZED)][-1:])
+    found = tuple(types.get(name, "unknown") for name in operands)
     return f"{label}_{'x'.join(dict.fromkeys(found))}", found
 
 

@@ -6,14 +6,17 @@ from deploycc.backends.listing import engine_version, read_listing
 HEADS = "float16[N,2,64,32]"
 
 
-def attention_text(fmt=None):
-    """Return softmax(q kT) v; with ``fmt`` its four operands and its output are quantized."""
+def attention_text(fmt=None, *, bias=False):
+    """Return softmax(q kT) v, with a bias table on request; with ``fmt`` its four operands and its output are quantized."""
+    scores = "[qk] m = MatMul({q}, {k}) [bias] a = Add(m, table)" if bias else "[qk] a = MatMul({q}, {k})"
+    head = f"{constant_text('whole', '1,2,64,64').replace('int8', 'int32')} table = Cast<to = 10>(whole)" if bias else ""
     if fmt is None:
-        body, out = "[qk] a = MatMul(q, k) [softmax] p = Softmax<axis = -1>(a) [pv] y = MatMul(p, v)", "y"
+        body, out = f"{head} {scores.format(q='q', k='k')} [softmax] p = Softmax<axis = -1>(a) [pv] y = MatMul(p, v)", "y"
     else:
         pairs = {name: quantize_text(name, fmt) for name in "qkvpo"}
         inputs = f"{scale_text('fp16')} {pairs['q']} {pairs['k']} {pairs['v']}"
-        core = f"[qk] a = MatMul(q_dq, k_dq) [softmax] p = Softmax<axis = -1>(a) {pairs['p']} [pv] o = MatMul(p_dq, v_dq) {pairs['o']}"
+        products = scores.format(q="q_dq", k="k_dq")
+        core = f"{head} {products} [softmax] p = Softmax<axis = -1>(a) {pairs['p']} [pv] o = MatMul(p_dq, v_dq) {pairs['o']}"
         body, out = f"{inputs} {core}", "o_dq"
     return model_text(body, inputs=f"{HEADS} q, float16[N,2,32,64] k, {HEADS} v", outputs=f"{HEADS} {out}")
 
@@ -38,9 +41,10 @@ def test_a_matrix_product_shows_its_operand_types(build, base, fmt, expected):
     assert realised.counts[f"fc_{expected}"] == 1
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize(("fmt", "expected"), [(None, "fp16"), ("int8", "int8"), ("fp8", "fp8")])
-def test_fused_attention_is_counted_with_its_operand_types(build, fmt, expected):
-    realised = build(attention_text(fmt), profiles=attention_profiles()).realised
+def test_fused_attention_is_counted_with_its_operand_types(build, fmt, expected, bias):
+    realised = build(attention_text(fmt, bias=bias), profiles=attention_profiles()).realised
     assert realised.fused_attention == 1
     assert realised.operands["qk"] == realised.operands["pv"] == (expected,) * 3
 
