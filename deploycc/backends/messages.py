@@ -102,6 +102,11 @@ MEANINGS = (
         "the quantized axis does not divide into whole blocks",
         "choose a block size that divides the axis",
     ),
+    Meaning(
+        r"Quantized constant \((?P<node>[^)]*)\) is only allowed before DQ",
+        "the 8-bit constant '{node}' is read by something other than DequantizeLinear",
+        "store the constant as INT32 or in floating point, or put DequantizeLinear behind it",
+    ),
     Meaning(r"Sub-byte quantization with odd tensor", "a 4-bit tensor has an odd number of elements", "leave it in 8 or more bits"),
     Meaning(
         r"(?P<kind>\w+) plugin (?:creator version \d+ )?was not found in (?:the )?plugin registry",

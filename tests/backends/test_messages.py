@@ -35,6 +35,11 @@ def test_the_tail_of_a_missing_driver_and_source_positions_are_removed():
         (TYPES, "FP8, BF16 does not exist on sm_75, sm_80", ""),
         (MIXED, "the inputs have different types (Float and Half)", "node_of_y"),
         (
+            "API Usage Error (Quantized constant (table) is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node. If this constant is not",
+            "the 8-bit constant 'table' is read by something other than DequantizeLinear",
+            "table",
+        ),
+        (
             "Cannot compile operation 'Conv_3' for Turing (SM75): FP32 3D convolution is not supported.",
             "no FP32 3D convolution for sm_75",
             "Conv_3",
