@@ -35,7 +35,7 @@ def test_the_tail_of_a_missing_driver_and_source_positions_are_removed():
         (TYPES, "FP8, BF16 does not exist on sm_75, sm_80", ""),
         (MIXED, "the inputs have different types (Float and Half)", "node_of_y"),
         (
-            "API Usage Error (Quantized constant (table) is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node. If this constant is not",
+            "Usage Error (Quantized constant (table) is only allowed before DQ or PLUGIN_V2 or kPLUGIN_V3 node. If this constant is not",
             "the 8-bit constant 'table' is read by something other than DequantizeLinear",
             "table",
         ),
