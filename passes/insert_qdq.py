@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from deploycc.core.plan import Assignment, PrecisionPlan, Region
 
 
+FLOAT4_IR_VERSION = 11
+
+
 @dataclass(frozen=True, slots=True)
 class InsertQdq:
     """Insert ``QuantizeLinear``/``DequantizeLinear`` at the operands of every region that the plan quantizes.
@@ -65,6 +68,8 @@ class InsertQdq:
             if assignment.format.is_quantized:
                 writer.quantize(assignment)
         writer.raise_opsets()
+        if any(f.onnx_type == "FLOAT4E2M1" for f in writer.formats):
+            model.ir_version = max(model.ir_version, FLOAT4_IR_VERSION)
         return PassResult(tuple(writer.rewrites), tuple(writer.declines))
 
 
