@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploycc.core.compatibility import AMPERE_PLUS, VERSION
 from deploycc.core.errors import UsageError
 from deploycc.output import BuildDirectory
 from deploycc.serve.pbtxt import Word, write
@@ -74,6 +75,8 @@ def _write_model(bundled: Bundled, repository: Path, kind: str, variants: Sequen
     if plugins := sorted({p for v in variants for p in v.get("requires", {}).get("plugins", [])}):
         libraries = ";".join(str(place.path / p) for p in plugins)
         bundled.notes.append(f"start Triton with --backend-config=tensorrt,plugins='{libraries}'")
+    if any(VERSION in _modes(v) for v in variants):
+        bundled.notes.append("start Triton with --backend-config=tensorrt,version-compatible=true, which lets engines bring their runtime")
     return place.path
 
 
@@ -95,7 +98,8 @@ def config(manifest: Mapping[str, Any], name: str, kind: str, variants: Sequence
         "name": name,
         "backend": BACKENDS[kind],
         "max_batch_size": batch["maximum"] if batch else 0,
-        "default_model_filename": Path(variants[0]["path"]).name,
+        # What serves GPUs that none of cc_model_filenames is for.
+        "default_model_filename": Path(next((v for v in variants if AMPERE_PLUS in _modes(v)), variants[0])["path"]).name,
         "input": [_tensor(i, batch) for i in manifest["inputs"]],
         "output": outputs,
     }
@@ -123,6 +127,10 @@ def _tensor(spec: Mapping[str, Any], batch: Mapping[str, Any] | None) -> Row:
 
 def _datatype(spec: Mapping[str, Any]) -> Word:
     return Word("TYPE_" + spec["datatype"])
+
+
+def _modes(variant: Row) -> list[str]:
+    return list(variant.get("requires", {}).get("compatible", []))
 
 
 def _by_capability(variants: Sequence[Row]) -> list[Row]:

@@ -72,6 +72,13 @@ class TestConfig:
         assert dict(found.cc_model_filenames) == {"8.9": "a.engine", "12.0": "b.engine", "9.0": "b.engine"}
         assert (found.backend, found.default_model_filename) == ("tensorrt", "a.engine")
 
+    def test_an_engine_for_all_gpus_is_the_default(self) -> None:
+        given = manifest()
+        given["variants"][1]["requires"]["compatible"] = ["ampere-plus"]
+        found = parse(write(config(given, "net", "tensorrt", given["variants"], DEFAULT)))
+        assert found.default_model_filename == "b.engine"
+        assert found.cc_model_filenames["8.9"] == "a.engine"
+
     def test_graphs_and_warm_up_prepare_the_batch_sizes_of_the_profile(self) -> None:
         found = message()
         assert [g.batch_size for g in found.optimization.cuda.graph_spec] == [1, 4, 16]
@@ -101,7 +108,7 @@ class TestRepository:
 
     def test_engines_and_plugins_lie_where_the_configuration_says(self, bundled: Bundled, tmp_path: Path) -> None:
         given = manifest()
-        given["variants"][0]["requires"]["plugins"] = ["plugins/libp.so"]
+        given["variants"][0]["requires"] |= {"plugins": ["plugins/libp.so"], "compatible": ["version"]}
         folder = tmp_path / "b"
         for name in ("engines/a.engine", "engines/b.engine", "plugins/libp.so", "labels.txt"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +118,9 @@ class TestRepository:
         (path,) = write_repository(fake, tmp_path / "repo", TritonOptions())
         assert (path / "1" / "b.engine").read_text() == "engines/b.engine"
         assert (path / "labels.txt").exists()
-        assert fake.notes == [f"start Triton with --backend-config=tensorrt,plugins='{path}/plugins/libp.so'"]
+        plugins, version = fake.notes
+        assert plugins == f"start Triton with --backend-config=tensorrt,plugins='{path}/plugins/libp.so'"
+        assert "--backend-config=tensorrt,version-compatible=true" in version
 
     def test_a_model_written_before_is_replaced_and_others_are_not(self, bundled: Bundled, tmp_path: Path) -> None:
         write_repository(bundled, tmp_path, TritonOptions())
