@@ -210,3 +210,23 @@ def test_every_dependency_is_pinned() -> None:
     names = {re.split(r"[\[<>=; ]", requirement)[0] for requirement in wanted} - {"deploycc"}
     pinned = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert names - pinned == set()
+
+
+# Files of others
+
+
+def test_nothing_unpickles() -> None:
+    """Reading a pickle runs any code: arrays are read without objects, weights from safetensors."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+                found += [
+                    f"{relative(path)} imports {m}" for m in modules if m.split(".")[0] in {"pickle", "dill", "joblib", "marshal", "shelve"}
+                ]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"np.load", "numpy.load", "torch.load"}:
+                safe = {f"{k.arg}={ast.unparse(k.value)}" for k in node.keywords}
+                if "allow_pickle=False" not in safe:
+                    found.append(f"{relative(path)}:{node.lineno} loads without allow_pickle=False")
+    assert found == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from deploycc.core.archives import check_archive, check_block
 from deploycc.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -195,14 +197,16 @@ def open_npz(path: Path) -> dict[str, Column]:
     """Return the columns of a ``.npz`` file by name.
 
     Raises:
-        UsageError: when the file is missing, is no archive of arrays of numbers, or is damaged.
+        UsageError: when the file is missing, is no archive of arrays of numbers, is damaged, or declares more than is read.
     """
     columns: dict[str, Column] = {}
     try:
         with _opened(path) as file, zipfile.ZipFile(file) as archive:
+            check_archive(archive, path)
             for member in archive.namelist():
                 with archive.open(member) as stream:
                     shape, dtype, fortran = read_header(stream, path, member)
+                check_block(math.prod(shape if fortran else shape[1:]) * dtype.itemsize, f"'{member}' of '{path}'")
                 columns[member.removesuffix(".npy")] = MemberColumn(path, member, shape, dtype, fortran)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UsageError(f"the file is not a whole .npz archive ({error})", at=f"'{path}'", fix=RESAVE) from error

@@ -42,7 +42,7 @@ def save_ranges(path: Path, statistics: Statistics, rescales: Mapping[str, Resca
 def load_ranges(path: Path, *, key: str) -> tuple[Statistics, dict[str, Rescale]] | None:
     """Return the statistics and rescales of ``key``, or None where the file has others, is damaged or does not exist."""
     try:
-        with path.open("rb") as stream, np.load(stream) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             head = json.loads(str(file["head"]))
             if (head["schema"], head["key"]) != (SCHEMA, key):
                 return None

@@ -138,7 +138,7 @@ class _Table:
         if path is None or not path.exists():
             return cls(path, fingerprint, np.zeros((0, columns)))
         try:
-            with np.load(path) as kept:
+            with np.load(path, allow_pickle=False) as kept:
                 known, rows, sizes = str(kept["fingerprint"]), kept["rows"], kept["sizes"]
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"the checkpoint cannot be read: {error}", at=str(path), fix="delete the file to start anew") from error

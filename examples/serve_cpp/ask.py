@@ -60,7 +60,7 @@ def sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
 def main(folder: Path, url: str) -> int:
     """Ask, compare, print; return the exit code."""
     bundle = json.loads((folder / "bundle.json").read_text())
-    arrays = {name: np.load(folder / path) for name, path in bundle["golden"]["inputs"].items()}
+    arrays = {name: np.load(folder / path, allow_pickle=False) for name, path in bundle["golden"]["inputs"].items()}
     kinds = {i["name"]: i["datatype"] for i in bundle["inputs"]}
     inputs = [{"name": n, "datatype": kinds[n], "shape": a.shape, "data": a.ravel().tolist()} for n, a in arrays.items()]
     wait_until_ready(url)
@@ -71,7 +71,7 @@ def main(folder: Path, url: str) -> int:
     golden = next(v for v in bundle["variants"] if v["kind"] == kind)["golden"]
     missed = 0
     for row in golden:
-        db = sqnr_db(np.load(folder / row["path"]), found[row["output"]])
+        db = sqnr_db(np.load(folder / row["path"], allow_pickle=False), found[row["output"]])
         missed += db < row["minimum_sqnr_db"]
         print(
             f"{platform}: output {row['output']} {list(found[row['output']].shape)}: {db:.1f} dB, at least {row['minimum_sqnr_db']:.1f} dB"

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from deploycc.core import archives
 from deploycc.core.columns import regroup, smooth_noise
 from deploycc.core.data import Dataset, open_data
 from deploycc.core.errors import UsageError
@@ -208,6 +209,15 @@ class TestSynthetic:
         assert "one batch of the model takes 4" in refusal("synthetic:3", FIXED)
 
 
+def declaring(path: Path, size: int) -> Path:
+    """Make the directory of an archive declare that every member has ``size`` bytes."""
+    data, place = bytearray(path.read_bytes()), -1
+    while (place := data.find(b"PK\x01\x02", place + 1)) >= 0:
+        data[place + 24 : place + 28] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
 def _npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=True)
@@ -246,6 +256,32 @@ class TestRefusals:
             archive.writestr("image.npy", b"nothing")
         assert "no NumPy array here" in (text := refusal(tmp_path / "d.npz"))
         assert "'image.npy' of" in text
+
+    def test_a_bomb_is_refused_by_what_its_directory_declares(self, tmp_path: Path) -> None:
+        arrays = {f"a{index}": images(1) for index in range(17)}
+        path = declaring(npz(tmp_path, **arrays), 2**32 - 2)
+        assert "declares 68 GiB unpacked, and at most 64 are read" in refusal(path)
+
+    def test_a_member_that_is_longer_than_it_declares(self, tmp_path: Path) -> None:
+        assert "not a whole .npz archive" in refusal(declaring(npz(tmp_path, image=images(4)), 1024))
+
+    def test_many_members(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(archives, "MOST_MEMBERS", 1)
+        assert "has 2 members, and at most 1 are read" in refusal(npz(tmp_path, image=images(4), other=images(4)))
+
+    @pytest.mark.filterwarnings("ignore:Duplicate name")
+    def test_one_name_twice(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+            for seed in (4, 5):
+                archive.writestr("image.npy", _npy(images(seed)))
+        assert "two members 'image.npy'" in refusal(tmp_path / "d.npz")
+
+    @pytest.mark.parametrize("order", ["False", "True"])
+    def test_a_header_that_asks_for_more_memory_than_there_is(self, tmp_path: Path, order: str) -> None:
+        header = f"{{'descr': '<f4', 'fortran_order': {order}, 'shape': (4, 1099511627776), }}".ljust(117) + "\n"
+        with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+            archive.writestr("image.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+        assert "would have to be read at once" in refusal(tmp_path / "d.npz")
 
     def test_truncated(self, tmp_path: Path) -> None:
         whole = _npy(images(4))
