@@ -102,7 +102,9 @@ def quantized_layers(model: ir.Model, plan: PrecisionPlan) -> list[Layer]:
                 continue
             scale = plan.scales.get(source.name or "", {}).get(format.name)
             if scale is not None and _columns(node, _constant(node)).shape[0] <= WIDEST:
-                found[weight.name or ""] = Layer(node, source.name or "", weight.name or "", format, scale, _bias(node))
+                found[weight.name or ""] = Layer(
+                    node, source.name or "", weight.name or "", format, scale, _bias(node) if format == INT8 else None
+                )
     return list(found.values())
 
 

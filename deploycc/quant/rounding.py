@@ -5,7 +5,8 @@ rounded: the closed form of optimal brain surgery on the layer's own Gram matrix
 The INT8 step of each output channel is searched below the largest weight for the least error under the diagonal of H.
 
 The result is a float weight that lies on the grid which ``quantize_weight`` finds, so that insertion gives exactly these codes. What mean
-error is left at the outputs of a layer is taken out of its bias (Nagel et al., arXiv 1906.04721), where it has one of its own.
+error is left at the outputs of an INT8 layer is taken out of its bias (Nagel et al., arXiv 1906.04721), where it has one of its own; the
+errors of FP8 have next to no mean.
 
 Other ways that need no training gain less on real models: ``benchmarks/rounding.py``.
 """
