@@ -6,6 +6,7 @@ Everything here needs TensorRT's public headers (``include`` of its open-source 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,50 @@ def test_the_registry_of_tensorrt_rtx_takes_the_library(library: Path) -> None:
     check_registry(library)
 
 
+OPENING = """
+import ctypes, os, sys
+
+ctypes.CDLL(sys.argv[2], mode=getattr(os, sys.argv[3]))
+import tensorrt_rtx as trt
+
+registry = trt.get_plugin_registry()
+for _ in range(2):
+    print(*sorted(c.name for c in registry.all_creators if c.name.startswith("DCNv3")))
+    library = ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW | os.RTLD_LOCAL)
+print(registry.get_creator("DCNv3", "1", "").name)
+"""
+
+
+def major_version() -> int:
+    """Return the major version of TensorRT's headers."""
+    text = Path(os.environ["TENSORRT_ROOT"], "include", "NvInferVersion.h").read_text()
+    found = re.search(r"define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) (\d+)", text)
+    assert found
+    return int(found[1])
+
+
+def check_opening(path: Path, folder: Path) -> None:
+    """Open a library as Triton does, with dlopen alone, and find it in the registry of a TensorRT that is loaded already.
+
+    Triton's own backend is opened too, so that its TensorRT is not among the global symbols; here TensorRT-RTX plays it, under its name.
+    """
+    libraries = pytest.importorskip("tensorrt_rtx_libs")
+    runtime = next(Path(libraries.__path__[0]).glob("libtensorrt_rtx.so*"))
+    played = folder / f"libnvinfer.so.{major_version()}"
+    played.symlink_to(runtime)
+    for mode, place in (("RTLD_GLOBAL", ""), ("RTLD_LOCAL", str(folder))):
+        environment = {**os.environ, "LD_LIBRARY_PATH": place}
+        command = [sys.executable, "-c", OPENING, str(path), str(played), mode]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.stdout.splitlines() == ["", " ".join(FORMS), "DCNv3"], mode + done.stdout + done.stderr
+
+
+def test_opening_the_library_registers_it_with_the_tensorrt_of_the_process(library: Path, tmp_path: Path) -> None:
+    if major_version() < 11:
+        pytest.skip("the plugin registry of TensorRT-RTX is that of TensorRT 11")
+    check_opening(library, tmp_path)
+
+
 @pytest.mark.slow
 def test_cmake_builds_the_library_with_its_kernels(tmp_path: Path) -> None:
     """The real library, for one architecture: exported symbols, needed libraries, its own tests, and the registry."""
@@ -128,6 +173,8 @@ def test_cmake_builds_the_library_with_its_kernels(tmp_path: Path) -> None:
     assert exported(built) == {"getCreators", "setLoggerFinder"}
     assert not {"nvinfer", "cudart"} & set(needed(built).replace("lib", " ").replace(".so", " ").split())
     check_registry(built)
+    if major_version() >= 11:
+        check_opening(built, tmp_path)
 
 
 LOADING = """

@@ -35,6 +35,15 @@ public:
         return nullptr;
     }
     // What the library must not need.
+#if NV_TENSORRT_MAJOR < 11
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    bool registerCreator(IPluginCreator&, const char* const) noexcept override { return false; }
+    bool deregisterCreator(const IPluginCreator&) noexcept override { return false; }
+    IPluginCreator* const* getPluginCreatorList(std::int32_t* const) const noexcept override { return nullptr; }
+    IPluginCreator* getPluginCreator(const char* const, const char* const, const char* const) noexcept override { return nullptr; }
+#pragma GCC diagnostic pop
+#endif
     void setErrorRecorder(IErrorRecorder* const) noexcept override {}
     IErrorRecorder* getErrorRecorder() const noexcept override { return nullptr; }
     bool isParentSearchEnabled() const override { return false; }
