@@ -142,7 +142,7 @@ def _noise_chart(regions: list[dict[str, Any]]) -> str:
 def _draw(axes: Any, position: int, noise: Mapping[str, float], chosen: str) -> None:
     from math import log10
 
-    colours = {"int8": "#c44e52", "fp8": "#4c72b0"}
+    colours = {"int8": "#c44e52", "fp8": "#4c72b0", "int4": "#dd8452", "nvfp4": "#55a868", "mxfp8": "#8172b3"}
     for name, value in noise.items():
         if value > 0:
             face = colours.get(name, "#555") if name == chosen else "none"

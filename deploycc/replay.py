@@ -119,7 +119,7 @@ def _is_deterministic(engine: Mapping[str, Any]) -> bool:
     TensorRT times kernels and may choose others; TensorRT-RTX numbers the symbols of quantized convolutions anew.
     """
     backend = engine["target"].partition(":")[0]
-    is_quantized = any(kind in label for label in engine["counts"] for kind in ("int8", "fp8"))
+    is_quantized = any(kind in label for label in engine["counts"] for kind in ("int8", "fp8", "fp4"))
     return backend == "onnxruntime" or (backend == "tensorrt-rtx" and bool(engine["counts"]) and not is_quantized)
 
 

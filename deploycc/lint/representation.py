@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.core.blocks import is_scale_of_blocks
 from deploycc.core.graph import attribute, int_attribute, opset, rank
 from deploycc.core.placement import weight_axis
 from deploycc.core.quantizers import SCALE_FLOOR
@@ -68,7 +69,8 @@ def scales_are_positive(subject: Subject) -> Iterator[Place]:
     for node in _quantizers(subject):
         scale = settled(node.inputs[1])
         if scale is None:
-            yield Place(node, "the scale is computed, not constant", "warning")
+            if not is_scale_of_blocks(node.inputs[1]):
+                yield Place(node, "the scale is computed, not constant", "warning")
             continue
         wide, floor = scale.astype(np.float64), SCALE_FLOOR.get(_FLOAT_OF.get(value_type(node.inputs[1]), "fp32"), 0.0)
         if not np.all(np.isfinite(wide)):

@@ -20,7 +20,7 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Ops that only move numbers: quantization commutes with them (P7).
 MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Gather", "Split", "Expand"})
-FORMAT_NAMES = {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8"}
+FORMAT_NAMES = {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.FLOAT4E2M1: "nvfp4"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +78,10 @@ class Subject:
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
-        """Return every pair in graph order."""
+        """Return every pair in graph order; what dequantizes the scales of blocks is part of another."""
         found = []
         for node in self.graph:
-            if node.op_type == DEQUANTIZE:
+            if node.op_type == DEQUANTIZE and not _gives_scales(node):
                 before = node.inputs[0].producer() if node.inputs[0] is not None else None
                 found.append(Pair(node, before if before is not None and before.op_type == QUANTIZE else None))
         return tuple(found)
@@ -161,6 +161,11 @@ class Subject:
         """Return the quantized format that the file asks for in ``region``: that of the pairs on both operands of its anchors, or ''."""
         formats = {p.format if (p := self.operand(n, i)) else "" for n in self.anchors(region) for i in (0, 1)}
         return formats.pop() if len(formats) == 1 else ""
+
+
+def _gives_scales(node: ir.Node) -> bool:
+    uses = node.outputs[0].uses()
+    return bool(uses) and all(use.node.op_type == DEQUANTIZE and use.idx == 1 for use in uses)
 
 
 def before_pairs(value: ir.Value | None) -> ir.Value | None:
