@@ -145,11 +145,11 @@ def build(
         str,
         typer.Option(
             metavar="NAME",
-            help="How --precision mixed scores regions. Measured, one run per region and format: sqnr (noise at the outputs), kl (of the "
-            "class probabilities). From gradients, one sweep whatever the size: lrp (relevance), fisher, hessian, hybrid (each error along "
-            "its gradient).",
+            help="How --precision mixed scores regions. auto: sqnr, or hybrid where that would take long. Measured, one run per region and "
+            "format: sqnr (noise at the outputs), kl (of the class probabilities). From gradients, one sweep whatever the size: lrp "
+            "(relevance), fisher, hessian, hybrid (each error along its gradient).",
         ),
-    ] = "sqnr",
+    ] = "auto",
     relevance_fallback: Annotated[
         str | None,
         typer.Option(metavar="gradient", help="How relevance passes an operator without a rule (lrp); default: refuse it."),

@@ -172,6 +172,8 @@ def _report_analysis(job: Job, analysis: Analysis) -> None:
         "cached": bool(seen and seen.cached),
         "values": len(analysis.settled.quantizers if analysis.settled else seen.observers) if seen else 0,
     }
+    for note in analysis.notes:
+        job.warn(note)
     if analysis.scores:
         job.report.scores = {"method": analysis.scores.method, "samples": analysis.scores.samples, "seconds": analysis.scores.seconds}
 

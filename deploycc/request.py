@@ -27,7 +27,7 @@ from deploycc.core.report import BuildReport
 from deploycc.core.shapes import Profile, profiles_for
 from deploycc.interop import load_model
 from deploycc.quant.clipping import DEFAULT, Clipping, parse_clipping
-from deploycc.quant.methods import check_fallback, method_named
+from deploycc.quant.methods import AUTO, check_fallback, method_named
 from deploycc.quant.overrides import SECTION, Override, parse_overrides
 from deploycc.quant.paper_reparameterize import parse_reparameterization
 
@@ -109,7 +109,7 @@ class BuildRequest:
     rescale: str = "auto"
     rounding: str = "auto"
     reparam: str | None = None
-    sensitivity: str = "sqnr"
+    sensitivity: str = AUTO
     relevance_fallback: str | None = None
     verify_each: bool = False
     dump: Path | None = None
@@ -273,7 +273,8 @@ def _check_passes(request: BuildRequest) -> None:
         raise UsageError(f"unknown way of rounding '{request.rounding}'", at="--rounding", fix=f"use one of {', '.join(ROUNDINGS)}")
     if request.rescale not in RESCALES:
         raise UsageError(f"unknown way of rescaling '{request.rescale}'", at="--rescale", fix=f"use one of {', '.join(RESCALES)}")
-    method_named(request.sensitivity)
+    if request.sensitivity != AUTO:
+        method_named(request.sensitivity)
     check_fallback(request.relevance_fallback)
     if request.dump is None:
         return

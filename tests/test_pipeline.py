@@ -30,7 +30,8 @@ CONVOLUTIONS = [f"node_conv2d{suffix}" for suffix in ("", *(f"_{i}" for i in ran
 AMPERE, ADA = "tensorrt-rtx:sm_80", "tensorrt-rtx:sm_89"
 FILES = {"model.onnx", "plan.json", "scores.json", "report.json", "report.md", "report.html", "manifest.json", "engines"}
 PASS_OPTIONS = {"merge": "exact", "rescale": "auto", "rounding": "auto", "reparam": None, "verify_each": False}
-PASS_OPTIONS |= {"sensitivity": "sqnr", "relevance_fallback": None, "regions": []}
+PASS_OPTIONS |= {"sensitivity": "auto", "relevance_fallback": None, "regions": [], "dcn": "body", "compatibility": ""}
+CALIBRATED = {"int8", "fp8", "mixed"}
 SAME_BYTES = ("model.onnx", "plan.json", "scores.json", "manifest.json")
 # In decibels, each with a few to spare; FP16 has 11 bits of precision, BF16 has 8, and INT8 and FP8 lose more.
 EXPECTED_SQNR = {"fp32": 100, "fp16": 55, "bf16": 36, "int8": 30, "fp8": 28, "mixed": 35}
@@ -80,7 +81,7 @@ BUILDS = [("fp32", AMPERE), ("fp16", AMPERE), ("bf16", AMPERE), ("int8", AMPERE)
 class TestEveryPrecision:
     def test_the_files(self, case: Case, precision: str, target: str) -> None:
         directory = case.built(precision, target)
-        assert {p.name for p in directory.iterdir()} == FILES
+        assert {p.name for p in directory.iterdir()} == FILES | ({"ranges.npz"} if precision in CALIBRATED else set())
         suffix = ".onnx" if target == "onnxruntime" else ".engine"
         engine = directory / "engines" / f"{target.replace(':', '-')}{suffix}"
         assert {p.name for p in (directory / "engines").iterdir()} == {engine.name, "SHA256SUMS"}
@@ -94,7 +95,8 @@ class TestEveryPrecision:
         assert report["model"]["path"] == "cnn.onnx"
         assert report["model"]["sha256"] == digest_file(case.model)
         assert report["model"]["outputs"] == ["logits"]
-        assert report["request"] == {"precision": precision, "targets": [target], "budget": "", "seed": 0, "strict": False, **PASS_OPTIONS}
+        asked = {"precision": precision, "targets": [target], "calibration": "mse" if precision in CALIBRATED else None}
+        assert report["request"] == {**asked, "budget": "", "seed": 0, "strict": False, **PASS_OPTIONS}
         names = [p["spec"].split("(")[0] for p in report["passes"]]
         assert names[-5:] == ["RoundWeights", "SimulateQuantizers", "InsertQdq", "InsertCasts", "FuseDcnv3Quantizers"]
         assert {"spec", "seconds", "nodes_before", "nodes_after", "rewrites", "declines"} <= set(report["passes"][0])

@@ -223,7 +223,7 @@ class TestBuild:
             "rescale": "auto",
             "rounding": "auto",
             "reparam": None,
-            "sensitivity": "sqnr",
+            "sensitivity": "auto",
             "relevance_fallback": None,
             "regions": [],
             "verify_each": True,

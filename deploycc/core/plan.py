@@ -65,7 +65,7 @@ class PrecisionPlan:
     to its quantizer per simulated format (paper mode).
     ``calibration`` names the way in which INT8 scales were chosen, empty where nothing was calibrated.
     ``rounded_on`` is the digest of the data on which weights are rounded for the outputs of their layers, empty where they go to their
-    nearest codes.
+    nearest codes. ``scored_by`` names the way in which regions were scored (``--sensitivity``), empty where they were not.
     """
 
     base: Format
@@ -77,6 +77,7 @@ class PrecisionPlan:
     quantizers: Mapping[str, Mapping[str, Quantizer]] = field(default_factory=dict)
     rounded_on: str = ""
     calibration: str = ""
+    scored_by: str = ""
 
     def format_of(self, node: str) -> Format:
         """Return the format in which a node computes."""
@@ -105,6 +106,7 @@ class PrecisionPlan:
             "base": self.base.name,
             "calibration": self.calibration,
             "rounded_on": self.rounded_on,
+            "scored_by": self.scored_by,
             "average_bits": round(self.average_bits(), 4),
             "regions": [_assignment_json(a) for a in self.assignments],
             "scales": {name: dict(sorted(by.items())) for name, by in sorted(self.scales.items())},
@@ -134,6 +136,7 @@ class PrecisionPlan:
                 model=body.get("model", ""),
                 rounded_on=body.get("rounded_on", ""),
                 calibration=body.get("calibration", ""),
+                scored_by=body.get("scored_by", ""),
                 rescales={name: _rescale(entry) for name, entry in body.get("rescales", {}).items()},
                 quantizers={v: {f: quantizer_from_json(q) for f, q in by.items()} for v, by in body.get("quantizers", {}).items()},
             )

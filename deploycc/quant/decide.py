@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from deploycc.core.errors import UsageError
 from deploycc.core.formats import FORMATS, FP8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan, Region
 from deploycc.core.quantizers import activation_scale
@@ -17,7 +18,7 @@ from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.clipping import DEFAULT, Clipping, clip_limit
 from deploycc.quant.cost import estimate_all, machine_of
 from deploycc.quant.islands import decision_islands, sampling_islands
-from deploycc.quant.methods import Question, method_named
+from deploycc.quant.methods import AUTO, Question, method_named
 from deploycc.quant.overrides import Override, islands_of_overrides, settle
 from deploycc.quant.regions import partition
 
@@ -34,6 +35,8 @@ Progress = Callable[[int, int], None]
 Stage = Callable[[str], Any]
 SCORING_BUDGET = 4e11
 SCORING_SAMPLES = (4, 32)
+# Where the fewest samples would take more multiplications than this, `--sensitivity auto` estimates instead of measuring.
+AFFORDABLE = 5 * SCORING_BUDGET
 # A sweep costs the same for any number of regions, and the order that it finds needs more samples.
 SWEEPING_SAMPLES = (4, 256)
 
@@ -57,6 +60,7 @@ class Analysis:
     rescales: Mapping[str, Rescale] = field(default_factory=dict)
     settled: PrecisionPlan | None = None
     meaning: str = ""
+    notes: tuple[str, ...] = ()
     forced: Mapping[str, Override] = field(default_factory=dict)
     clipping: Clipping = DEFAULT
 
@@ -138,7 +142,7 @@ def analyse(
         stage: a context manager per named stage.
         progress: called with work done and in all.
         rescales: what was done to the normalizations of ``model`` already, for the plan.
-        sensitivity: how regions are scored, by name (``deploycc.quant.methods``).
+        sensitivity: how regions are scored, by name (``deploycc.quant.methods``), or ``auto``.
         fallback: how relevance passes an operator without a rule: ``gradient``, or None to refuse.
         overrides: what the user decided about regions.
         clipping: how far the range of an activation reaches.
@@ -148,7 +152,6 @@ def analyse(
     Raises:
         UsageError: for an unknown sensitivity, where the model cannot be scored by it, or for an override that fits no region.
     """
-    method = method_named(sensitivity)
     regions, forced = settle(partition(model, samples_codes=samples_codes), overrides, base=base)
     analysis = Analysis(
         regions, base, tuple(formats), target, batch, digest,
@@ -167,14 +170,34 @@ def analyse(
             analysis.statistics = known
             analysis.scales = scales_of(known, eligible, formats, base, softmax=_softmax_outputs(model), clipping=clipping)
     if formats and choose:
-        limits = SCORING_SAMPLES if method.sweeps is None else SWEEPING_SAMPLES
-        few = data.take(_scoring_samples(analysis.regions, runs=method.sweeps or len(eligible) * len(formats), limits=limits))
         question = Question(
-            model, analysis.regions, formats, analysis.scales, few, reference, batch=batch, fallback=fallback, progress=progress
+            model, analysis.regions, formats, analysis.scales, data, reference, batch=batch, fallback=fallback, progress=progress
         )
         with stage("score"):
-            analysis.scores = method.score(question)
+            _score(analysis, question, sensitivity, runs=len(eligible) * len(formats))
     return analysis
+
+
+def _score(analysis: Analysis, question: Question, sensitivity: str, *, runs: int) -> None:
+    """Score by ``sensitivity``, on as many samples as the work allows; where `auto` does not measure, a note says so."""
+    work = SCORING_SAMPLES[0] * runs * sum(r.macs for r in analysis.regions)
+    if sensitivity == AUTO and work > AFFORDABLE:
+        try:
+            analysis.sensitivity, analysis.scores = "hybrid", _scored(analysis, question, "hybrid", runs)
+            told = f"to measure every region in every format would take {work / SCORING_BUDGET:.1f} times the arithmetic allowed for it"
+            analysis.notes = (f"{told}: regions were scored by --sensitivity hybrid; sqnr measures them nonetheless",)
+            return
+        except UsageError:  # An operator without a gradient: then measuring is the only way.
+            pass
+    analysis.sensitivity = "sqnr" if sensitivity == AUTO else sensitivity
+    analysis.scores = _scored(analysis, question, analysis.sensitivity, runs)
+
+
+def _scored(analysis: Analysis, question: Question, name: str, runs: int) -> Scores:
+    method = method_named(name)
+    limits = SCORING_SAMPLES if method.sweeps is None else SWEEPING_SAMPLES
+    few = question.data.take(_scoring_samples(analysis.regions, runs=method.sweeps or runs, limits=limits))
+    return method.score(replace(question, data=few))
 
 
 def _scoring_samples(regions: Sequence[Region], *, runs: int, limits: tuple[int, int]) -> int:
@@ -237,7 +260,7 @@ def decide(analysis: Analysis, *, precision: str, budget: Budget, noise_bound: f
     scales = {v: {f: s for f, s in by.items() if (v, f) in used} for v, by in analysis.scales.items()}
     return PrecisionPlan(
         analysis.base, assignments, {v: by for v, by in scales.items() if by}, dict(analysis.islands), analysis.digest, analysis.rescales,
-        calibration=str(analysis.clipping) if analysis.formats else "",
+        calibration=str(analysis.clipping) if analysis.formats else "", scored_by=analysis.sensitivity if analysis.scores else "",
     )  # fmt: skip
 
 

@@ -59,6 +59,8 @@ class Method:
     sweeps: int | None
 
 
+# Not a method: `sqnr` where it is affordable, else `hybrid`.
+AUTO = "auto"
 _METHODS: dict[str, Method] = {}
 Scoring = Callable[[Question], Scores]
 
@@ -80,7 +82,7 @@ def method_named(name: str) -> Method:
         UsageError: when there is none.
     """
     if name not in _METHODS:
-        raise UsageError(f"unknown sensitivity '{name}'", at="--sensitivity", fix=f"use one of {', '.join(_METHODS)}")
+        raise UsageError(f"unknown sensitivity '{name}'", at="--sensitivity", fix=f"use one of {', '.join((AUTO, *_METHODS))}")
     return _METHODS[name]
 
 

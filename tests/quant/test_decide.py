@@ -7,12 +7,13 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
-from small_graphs import dataset, random, residual, transformer
+from small_graphs import dataset, graph, random, residual, transformer, weight
 
 from deploycc.backends.onnxruntime import OnnxRuntime
 from deploycc.core.budget import Budget
 from deploycc.core.formats import FP8, FP16, INT8, Format
 from deploycc.core.target import parse_target
+from deploycc.quant import decide as deciding
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def analysed(folder: Path, model: ir.Model, formats: tuple[Format, ...], *, choose: bool = False) -> Analysis:
+def analysed(folder: Path, model: ir.Model, formats: tuple[Format, ...], *, choose: bool = False, sensitivity: str = "auto") -> Analysis:
     x = random(6, *(int(d) for d in list(model.graph.inputs[0].shape)[1:]))
     return analyse(
         model,
@@ -35,6 +36,7 @@ def analysed(folder: Path, model: ir.Model, formats: tuple[Format, ...], *, choo
         batch=3,
         stage=lambda name: nullcontext(),
         progress=lambda done, total: None,
+        sensitivity=sensitivity,
     )
 
 
@@ -96,3 +98,31 @@ def test_same_analysis_same_bytes(tmp_path: Path) -> None:
 )
 def test_where_the_guard_starts(budget: Budget, bound: float | None) -> None:
     assert first_noise_bound(budget) == (bound if bound is None else pytest.approx(bound))
+
+
+class TestAuto:
+    """The default measures every region while that is affordable, and estimates beyond."""
+
+    def scored_by(self, analysis: Analysis) -> str:
+        return decide(analysis, precision="mixed", budget=Budget(bits=12), noise_bound=None).scored_by
+
+    def test_a_small_model_is_measured(self, tmp_path: Path) -> None:
+        analysis = analysed(tmp_path, residual(), (INT8,), choose=True)
+        assert (self.scored_by(analysis), analysis.notes) == ("sqnr", ())
+
+    def test_a_large_one_is_estimated_and_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(deciding, "AFFORDABLE", 1e5)
+        analysis = analysed(tmp_path, residual(), (INT8,), choose=True)
+        assert (self.scored_by(analysis), json.loads(analysis.scores_json())["method"]) == ("hybrid", "hybrid")
+        assert "scored by --sensitivity hybrid; sqnr measures them nonetheless" in analysis.notes[0]
+
+    def test_who_asks_for_measurement_gets_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(deciding, "AFFORDABLE", 1e5)
+        assert self.scored_by(analysed(tmp_path, residual(), (INT8,), choose=True, sensitivity="sqnr")) == "sqnr"
+
+    def test_a_model_without_gradients_is_measured_however_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(deciding, "AFFORDABLE", 1.0)
+        text = "(float[N,16] x) => (float[N,16] y) { a = MatMul(x, w) h = Hardmax(a) y = MatMul(h, v) }"
+        model = graph(text, w=weight(16, 16), v=weight(16, 16))
+        analysis = analysed(tmp_path, model, (INT8,), choose=True)
+        assert (self.scored_by(analysis), analysis.notes) == ("sqnr", ())
