@@ -95,9 +95,9 @@ class OnnxRuntime:
         return Engine(target, out, size, time.perf_counter() - start, answer["peak_rss_mb"], realised)
 
     def executor(self, model: ir.Model, *, simulate: bool = False) -> Executor:
-        """Return an executor of ``model``; with ``simulate``, 16-bit types are emulated (see `deploycc.backends.emulation`).
+        """Return an executor of ``model``; with ``simulate``, 16-bit types, NVFP4 and MXFP8 are emulated.
 
-        NVFP4 and MXFP8 always are (see `deploycc.backends.block_emulation`).
+        See `deploycc.backends.emulation` and `deploycc.backends.block_emulation`.
 
         Raises:
             BackendError: when ONNX Runtime refuses the model, naming the node where it is known.
@@ -107,7 +107,7 @@ class OnnxRuntime:
         feeds = {value.name or "": value.dtype for value in model.graph.inputs}
         if simulate and emulation.uses_emulated_types(model):
             model = emulation.emulate(model)
-        if block_emulation.uses_blocks(model):
+        if simulate and block_emulation.uses_blocks(model):
             model = block_emulation.expand_blocks(model)
         with _translating(f"model '{model.graph.name}'"):
             return _Session(_session(model), feeds)

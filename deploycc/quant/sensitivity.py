@@ -100,7 +100,7 @@ def measure_noise(
     for format, eligible in work:
         if not eligible:
             continue
-        run = reference.executor(_switchable(model, eligible, format, scales))
+        run = reference.executor(_switchable(model, eligible, format, scales), simulate=format.activations == "dynamic")
         raised = list(np.eye(len(eligible), dtype=bool))
         ratios = _noise_of(run, raised, data.batches(batch), metric or NOISE, partial(_tick, progress, done, total))
         for region, ratio in zip(eligible, ratios, strict=True):
@@ -123,7 +123,7 @@ def measure_whole(
     whole = {}
     for format in formats:
         if eligible := [r for r in regions if format.name in r.formats]:
-            run = reference.executor(_switchable(model, eligible, format, scales))
+            run = reference.executor(_switchable(model, eligible, format, scales), simulate=format.activations == "dynamic")
             (whole[format.name],) = _noise_of(run, [np.ones(len(eligible), bool)], data.batches(batch), NOISE)
     return whole
 
@@ -190,7 +190,7 @@ def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scal
     for position, region in enumerate(regions):
         index = add_initializer(graph, f"switch_index_{position}", np.array(position, np.int64))
         gather = ir.node("Gather", [flags, index], {"axis": 0}, name=f"switch_gather_{position}")
-        gather.outputs[0].name = f"switch_flag_{position}"
+        gather.outputs[0].name, gather.outputs[0].type = f"switch_flag_{position}", ir.TensorType(ir.DataType.BOOL)
         graph.insert_before(nodes[region.anchors[0]], gather)
         for name, operands in quantized_operands(region, nodes, format):
             _switch(graph, nodes[name], gather.outputs[0], operands, format, scales)

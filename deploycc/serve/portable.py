@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from deploycc.core.blocks import is_block_operator
 from deploycc.core.errors import BackendError
 from deploycc.interop import save_model
 from deploycc.serve.opset import NoOlderForm, lower_opset
@@ -49,7 +50,8 @@ def widened(model: ir.Model) -> ir.Model:
     """Return ``model`` with FP32 in place of Q/DQ and 16-bit types.
 
     Raises:
-        BackendError: when an input or output is of 16 bits, or codes are used other than by ``DequantizeLinear``.
+        BackendError: when an input or output is of 16 bits, codes are used other than by ``DequantizeLinear``, or TensorRT's operators for
+            formats in blocks are used.
     """
     _check_borders(model)
     model = model.clone()
@@ -72,6 +74,9 @@ def widened(model: ir.Model) -> ir.Model:
 
 
 def _check_borders(model: ir.Model) -> None:
+    if own := next((n for n in _nodes(model) if is_block_operator(n)), None):
+        fix = "serve the engine, or build in another format for ONNX Runtime"
+        raise BackendError(f"node '{own.name}' is TensorRT's own operator {own.op_type}", at="the portable form", fix=fix)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype in NARROW:
             raise BackendError(

@@ -82,7 +82,7 @@ def test_the_reference_executes_the_product_of_what_both_operands_become(format:
     result, _ = inserted(graph("(float[2,50,192] x) => (float[2,50,64] y) { y = MatMul(x, w) }", opset=20, w=w), format)
     stored = quantize_blocks(w, axis=0, format=format, base=FP32).decoded()
     expected = fake_quantized(torch.from_numpy(x), LIMIT / (format.reach or 1.0), format).numpy() @ stored
-    got = registry.backend("onnxruntime").executor(result)({"x": x})["y"]
+    got = registry.backend("onnxruntime").executor(result, simulate=True)({"x": x})["y"]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(np.abs(expected).max()))
 
 
