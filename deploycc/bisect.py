@@ -156,7 +156,8 @@ def _stored_weights(directory: Path, plan: PrecisionPlan, canonical: Artefact) -
     before = {n.name: n for n in canonical.model.graph}
     found: dict[str, dict[str, np.ndarray]] = {}
     for assignment in plan.assignments:
-        for name in assignment.region.anchors if assignment.region.weights else ():
+        # Weights in blocks are not rounded for the outputs of their layers: insertion finds the same codes again.
+        for name in assignment.region.anchors if assignment.region.weights and not assignment.format.block else ():
             pairs = pairs_before(built[name], 1) if name in built else []
             source = before[name].inputs[1] if name in before else None
             if pairs and source is not None and source.name:
