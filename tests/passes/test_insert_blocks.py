@@ -14,7 +14,7 @@ from deploycc import registry
 from deploycc.core.backend import BuildOptions
 from deploycc.core.blocks import quantize_blocks
 from deploycc.core.contract import LOWERED, QUANTIZED, violations
-from deploycc.core.formats import BF16, FP16, FP32, INT4, MXFP8, NVFP4, Format
+from deploycc.core.formats import BF16, FP8, FP16, FP32, INT4, INT8, MXFP8, NVFP4, Format
 from deploycc.core.graph import opset
 from deploycc.core.passes import PassRecord, run
 from deploycc.core.plan import Assignment, PrecisionPlan
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx_ir as ir
+
+    from deploycc.core.backend import Engine
 
 MLP = "(float[2,50,192] x) => (float[2,50,96] y) { h = MatMul(x, w) g = Gelu(h) y = MatMul(g, v) }"
 LIMIT = 4.0
@@ -50,6 +52,13 @@ def inserted(model: ir.Model, format: Format) -> tuple[ir.Model, PassRecord]:
     result, records = run(model, [InsertQdq(planned(model, format))], contract=QUANTIZED)
     assert list(violations(result, QUANTIZED)) == []
     return result, records[0]
+
+
+def built(model: ir.Model, plan: PrecisionPlan, arch: str, folder: Path) -> Engine:
+    lowered, _ = run(model, [InsertQdq(plan), InsertCasts(plan)], contract=LOWERED)
+    save_model(lowered, folder / "m.onnx")
+    rtx = registry.backend("tensorrt-rtx")
+    return rtx.build(folder / "m.onnx", Target("tensorrt-rtx", (arch,)), out=folder / "e", profiles=(), options=BuildOptions())
 
 
 def test_int4_stores_weights_in_blocks_and_leaves_activations() -> None:
@@ -121,11 +130,7 @@ def test_a_missing_scale_is_declined() -> None:
 def test_an_engine_computes_in_it(tmp_path: Path, format: Format, base: Format, arch: str) -> None:
     model = mlp()
     plan = planned(model, format, base)
-    lowered, _ = run(model, [InsertQdq(plan), InsertCasts(plan)], contract=LOWERED)
-    save_model(lowered, tmp_path / "m.onnx")
-    engine = registry.backend("tensorrt-rtx").build(
-        tmp_path / "m.onnx", Target("tensorrt-rtx", (arch,)), out=tmp_path / "e", profiles=(), options=BuildOptions()
-    )
+    engine = built(model, plan, arch, tmp_path)
     assert [f.verdict for f in audit(plan, engine)] == ["ok", "ok"], engine.realised
     assert "weights_dequantised_at_run_time" not in engine.realised.counts
 
@@ -133,9 +138,16 @@ def test_an_engine_computes_in_it(tmp_path: Path, format: Format, base: Format, 
 def test_the_audit_sees_mxfp8_computed_in_fp16(tmp_path: Path) -> None:
     model = mlp()
     plan = planned(model, MXFP8, FP16)
-    lowered, _ = run(model, [InsertQdq(plan), InsertCasts(plan)], contract=LOWERED)
-    save_model(lowered, tmp_path / "m.onnx")
-    engine = registry.backend("tensorrt-rtx").build(
-        tmp_path / "m.onnx", Target("tensorrt-rtx", ("sm_120",)), out=tmp_path / "e", profiles=(), options=BuildOptions()
-    )
+    engine = built(model, plan, "sm_120", tmp_path)
     assert [(f.verdict, f.realised[:4]) for f in audit(plan, engine)] == [("mismatch", "fp16")] * 2
+
+
+def test_every_format_lives_in_one_engine(tmp_path: Path) -> None:
+    text = "a = MatMul(x, w) b = Relu(a) c = MatMul(b, w) d = Relu(c) e = MatMul(d, w) f = Relu(e) y = MatMul(f, w)"
+    model = graph(f"(float[64,256] x) => (float y) {{ {text} }}", opset=20, w=weight(256, 256))
+    formats = (INT8, FP8, INT4, NVFP4)
+    regions = partition(model)
+    scales = {v: {f.name: LIMIT / f.reach for f in formats if f.reach} for r in regions for v in r.activations}
+    plan = PrecisionPlan(FP16, tuple(Assignment(r, f, "test") for r, f in zip(regions, formats, strict=True)), scales)
+    engine = built(model, plan, "sm_120", tmp_path)
+    assert [(f.requested, f.verdict) for f in audit(plan, engine)] == [(f.name, "ok") for f in formats]
