@@ -57,10 +57,22 @@ def test_int4_is_what_onnx_dequantizes(axis: int) -> None:
 
 @law
 @given(matrices)
-def test_int4_errs_by_half_a_step(weight: np.ndarray) -> None:
+def test_int4_errs_by_half_a_step_at_most_where_it_does_not_saturate(weight: np.ndarray) -> None:
     found = quantize_blocks(weight, axis=0, format=INT4, base=FP32)
     steps = np.repeat(found.scale, found.size, axis=0)
-    assert np.all(np.abs(found.decoded() - weight) <= steps / 2 * (1 + 1e-6))
+    inside = np.abs(weight) <= 7.5 * steps
+    assert np.all(np.abs(found.decoded() - weight)[inside] <= steps[inside] / 2 * (1 + 1e-6))
+
+
+@law
+@given(matrices)
+def test_no_block_errs_more_than_with_the_scale_of_its_largest_element(weight: np.ndarray) -> None:
+    limits = np.abs(weight.reshape(2, 32, 3)).max(axis=1)
+    scale = round_scale(limits / 7, FP32)
+    plain = np.clip(np.rint(weight / np.repeat(scale, 32, axis=0)), -8, 7) * np.repeat(scale, 32, axis=0)
+    found = quantize_blocks(weight, axis=0, format=INT4, base=FP32).decoded()
+    error, before = (np.square(v - weight).reshape(2, 32, 3).sum(axis=1) for v in (found, plain))
+    assert np.all(error <= before * (1 + 1e-5) + 1e-30)
 
 
 @law
@@ -69,25 +81,23 @@ def test_mxfp8_scales_are_the_least_powers_of_two_that_hold_their_block(weight: 
     found = quantize_blocks(weight, axis=0, format=MXFP8, base=FP16)
     limit = np.abs(weight.reshape(2, 32, 3)).max(axis=1)
     power = np.ldexp(1.0, found.scale.astype(int) - 127)
-    seen = limit > 0
+    seen = limit > 448 * 2.0**-126
     assert np.all(limit[seen] <= 448 * power[seen])
     assert np.all(limit[seen] > 448 * power[seen] / 2)
 
 
-@pytest.mark.parametrize(("format", "least_db"), [(INT4, 18.0), (NVFP4, 20.0), (MXFP8, 31.0)])
+@pytest.mark.parametrize(("format", "least_db"), [(INT4, 19.0), (NVFP4, 20.5), (MXFP8, 31.0)])
 def test_the_noise_of_normal_numbers(format: Format, least_db: float) -> None:
     weight = normal(512, 64)
     error = quantize_blocks(weight, axis=0, format=format, base=FP16).decoded() - weight
     assert 10 * np.log10((weight**2).sum() / (error**2).sum()) > least_db
 
 
-def test_nvfp4_has_its_largest_scale_in_the_largest_block_and_none_at_zero() -> None:
+def test_nvfp4_has_the_scale_of_scales_of_its_largest_element_and_none_at_zero() -> None:
     weight = normal(64, 8)
     weight[:16] = 0.0
     found = quantize_blocks(weight, axis=0, format=NVFP4, base=FP32)
-    scales = found.scale.astype(np.float32)
-    assert scales.max() == 448.0
-    assert scales.min() > 0
+    assert found.scale.astype(np.float32).min() > 0
     assert not found.decoded()[:16].any()
     assert found.whole == round_scale(np.abs(weight).max() / 2688, FP32)
 
