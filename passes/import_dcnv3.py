@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from deploycc.core.dcnv3 import MASK, OFFSET, DCNv3, X, make_node, provide_functions
+from deploycc.core.dcnv3 import OFFSET, DCNv3, X, check_operands, make_node, nodes_of, provide_functions
 from deploycc.core.errors import UsageError
 from deploycc.core.graph import attribute, float_attribute, inherit_metadata, int_attribute, replace_value
 from deploycc.core.passes import PassResult, Phase, Rewrite
@@ -46,6 +46,8 @@ class ImportDcnv3:
         """Edit ``model``; see the class."""
         foreign = [n for n in model.graph if n.domain == "mmdeploy" and n.op_type == "TRTDCNv3"]
         rewrites = tuple(_import(model.graph, node) for node in foreign)
+        for node in nodes_of(model):
+            check_operands(node)
         if rewrites:
             model.graph.opset_imports.pop("mmdeploy", None)
             provide_functions(model)
@@ -88,17 +90,8 @@ def _attributes(node: ir.Node) -> DCNv3:
 
 
 def _output_shape(node: ir.Node, operands: Sequence[ir.Value], what: DCNv3) -> ir.Shape:
-    """Return the shape of the result, and check those of offsets and masks, as far as they are known.
-
-    Raises:
-        UsageError: when offsets or masks do not belong to this x; the original kernel reads the wrong rows then, without a word.
-    """
-    x, offset, mask = (list(operands[i].shape) if operands[i].shape is not None else [None] * 4 for i in (X, OFFSET, MASK))  # type: ignore[arg-type]
-    shapes = [x, offset, mask]
-    if all(len(shape) == 4 and all(isinstance(d, int) for d in shape[1:]) for shape in shapes):
-        head = x[0] if isinstance(x[0], int) else 1
-        known = [[head, *(int(d) for d in shape[1:] if isinstance(d, int))] for shape in shapes]
-        what.check_shapes(*known, at=f"node '{node.name}' (mmdeploy::TRTDCNv3)")
+    """Return the shape of the result, as far as it is known."""
+    x, offset = (list(operands[i].shape) if operands[i].shape is not None else [None] * 4 for i in (X, OFFSET))  # type: ignore[arg-type]
     declared = node.outputs[0].shape
     if isinstance(x[1], int) and isinstance(x[2], int):
         return ir.Shape([x[0], *what.output_size(x[1], x[2]), x[3]])

@@ -31,6 +31,9 @@ X, OFFSET, MASK, CENTER = range(4)
 PLAIN, SCALED, DEQUANTIZED, REQUANTIZED = "DCNv3", "DCNv3Center", "DCNv3DQ", "DCNv3DQQ"
 OPERATORS = (PLAIN, SCALED, DEQUANTIZED, REQUANTIZED)
 _MOVES = frozenset({"Add", "Cast", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
+# Types of the operands; in the forms whose name says so, x may be INT8.
+TYPES = {"x": _FLOATS | {ir.DataType.BFLOAT16}, "offset": _FLOATS, "mask": _FLOATS | {ir.DataType.BFLOAT16}}
 # In a record the logits follow the offsets; 32 halves are 64 bytes, four aligned vectors.
 RECORD_STEP = 8
 
@@ -153,6 +156,26 @@ def is_dcnv3(node: ir.Node) -> bool:
 def nodes_of(model: ir.Model) -> list[ir.Node]:
     """Return the nodes of the operator in the main graph."""
     return [node for node in model.graph if is_dcnv3(node)]
+
+
+def check_operands(node: ir.Node) -> None:
+    """Check types and shapes of x, offsets and masks as far as they are known.
+
+    Raises:
+        UsageError: naming the node, the operand, and what was expected: kernels would read the wrong rows without a word.
+    """
+    at, operands = f"node '{node.name}'", {name: node.inputs[i] for name, i in (("x", X), ("offset", OFFSET), ("mask", MASK))}
+    for name, value in operands.items():
+        allowed = TYPES[name] | ({ir.DataType.INT8} if name == "x" and node.op_type in (DEQUANTIZED, REQUANTIZED) else set())
+        if value is None or (value.dtype is not None and value.dtype not in allowed):
+            known = ", ".join(sorted(t.name for t in allowed))
+            what = f"{name} is {value.dtype}" if value is not None else f"{name} is missing"
+            raise UsageError(what, at=at, fix=f"give one of {known}; offsets in BF16 or INT8 would miss their pixels")
+    shapes = [list(v.shape) for v in operands.values() if v is not None and v.shape is not None]
+    if len(shapes) == len(operands) and all(len(s) == 4 and all(isinstance(d, int) for d in s[1:]) for s in shapes):
+        head = shapes[0][0] if isinstance(shapes[0][0], int) else 1
+        x, offset, mask = ([head, *(int(d) for d in s[1:] if isinstance(d, int))] for s in shapes)
+        attributes_of(node).check_shapes(x, offset, mask, at=at)
 
 
 def feeds_offsets(value: ir.Value) -> bool:

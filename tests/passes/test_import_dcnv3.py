@@ -96,3 +96,24 @@ def test_a_build_takes_such_a_file(tmp_path: Path, opset: int) -> None:
     report, _ = build(BuildRequest(model=path, precision="fp16", data="synthetic:2", targets=("onnxruntime",), out=tmp_path / "out"))
     assert any("imported with 12 attributes" in str(row["rewrites"]) for row in report.passes)
     assert report.verification[0]["sqnr_db"] > 40
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        (("float", "bfloat16", "float"), "offset is BFLOAT16"),
+        (("float", "float", "int8"), "mask is INT8"),
+        (("int8", "float16", "float16"), "x is INT8"),
+    ],
+)
+def test_types_that_no_kernel_takes_are_refused_in_any_file(types: tuple[str, str, str], message: str) -> None:
+    x, o, m = types
+    text = f"({x}[N,4,5,8] x, {o}[N,4,5,36] o, {m}[N,4,5,18] m) => ({x}[N,4,5,8] y) {{ y = deploycc.DCNv3<group=2>(x, o, m) }}"
+    with pytest.raises(UsageError, match=message):
+        ImportDcnv3()(graph(text))
+
+
+def test_shapes_of_a_node_of_our_own_are_checked_too() -> None:
+    text = "(float[N,4,5,8] x, float[N,4,5,36] o, float[N,4,5,20] m) => (float[N,4,5,8] y) { y = deploycc.DCNv3<group=2>(x, o, m) }"
+    with pytest.raises(UsageError, match=r"mask has the shape \[1, 4, 5, 20\], and \[1, 4, 5, 18\] was expected"):
+        ImportDcnv3()(graph(text))
