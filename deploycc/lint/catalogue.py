@@ -46,7 +46,7 @@ INSERTION: dict[str, str] = {
     "F4": "tests/quant/test_decide.py::test_the_softmax_has_a_fixed_scale_in_fp8",
     "F5": f"{_INSERT}::test_attention",
     "F7": "tests/backends/test_listing.py::test_fused_attention_is_counted_with_its_operand_types",
-    "F8": "tests/quant/test_observers.py::test_fp8_keeps_the_maximum",
+    "F8": "tests/quant/test_clipping.py::test_fp8_keeps_the_maximum",
     "F9": "tests/passes/test_decompose_attention.py::test_the_result_is_an_attention_region",
     "X3": f"{_REGIONS}::test_no_node_is_in_two_regions",
     "X4": "tests/backends/test_tensorrt_rtx.py::test_a_format_that_is_missing_has_a_reason_and_a_remedy",
