@@ -3,24 +3,23 @@
     python benchmarks/lint_quantizers.py
 
 Each quantizer that is installed quantizes the two examples with its defaults on the same 32 images; ONNX Runtime also with the
-options that TensorRT needs. They are no dependencies of deploycc: install those that are wanted beside it.
+options that TensorRT needs. They are no dependencies of deploycc; the first lines of benchmarks/quantisers.py install them, and for Quark:
+
+    pip install --no-deps amd-quark && pip install -c constraints.txt evaluate joblib onnxslim pandas plotly sentencepiece zstandard
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from quantisers import by_modelopt, by_nncf, by_onnxruntime, quiet, reader
 
 from deploycc.lint.linting import Inspection, fix, lint
 from deploycc.pipeline import build
@@ -43,73 +42,38 @@ def images(model: str) -> np.ndarray:
         return np.asarray(data["image"][:SAMPLES])
 
 
-def by_onnxruntime(source: Path, model: str, out: Path, **options: Any) -> None:
-    """Quantize by ``onnxruntime.quantization.quantize_static``."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.samples = iter([{"image": image[None]} for image in images(model)])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.samples, None)
-
-    quantize_static(source, out, Reader(), **options)
-
-
-def by_onnxruntime_for_tensorrt(source: Path, model: str, out: Path) -> None:
+def by_onnxruntime_for_tensorrt(source: Path, samples: np.ndarray, out: Path) -> None:
     """Quantize with the options that TensorRT needs: symmetric INT8, per channel, convolutions and products only, no biases."""
     from onnxruntime.quantization import QuantType
 
     options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
     by_onnxruntime(
-        source, model, out, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, per_channel=True,
+        source, samples, out, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, per_channel=True,
         op_types_to_quantize=["Conv", "MatMul", "Gemm"], extra_options=options,
     )  # fmt: skip
 
 
-def by_nncf(source: Path, model: str, out: Path) -> None:
-    """Quantize by ``nncf.quantize``."""
-    import nncf
-    import onnx
-
-    data = nncf.Dataset(images(model), lambda image: {"image": image[None]})
-    onnx.save(nncf.quantize(onnx.load(source), data, subset_size=SAMPLES), out)
+def by_modelopt_max(source: Path, samples: np.ndarray, out: Path) -> None:
+    """Quantize by ModelOpt with the ranges' maxima."""
+    by_modelopt(source, samples, out, calibration_method="max")
 
 
-def by_modelopt(source: Path, model: str, out: Path) -> None:
-    """Quantize by ``modelopt.onnx.quantization.quantize``; it would overwrite its input, so it gets a copy."""
-    from modelopt.onnx.quantization import quantize
-
-    copy = out.with_name("input.onnx")
-    copy.write_bytes(source.read_bytes())
-    quantize(onnx_path=str(copy), quantize_mode="int8", calibration_data={"image": images(model)}, calibration_method="max",
-             calibration_eps=["cpu"], output_path=str(out), log_level="ERROR")  # fmt: skip
-
-
-def by_quark(source: Path, model: str, out: Path) -> None:
+def by_quark(source: Path, samples: np.ndarray, out: Path) -> None:
     """Quantize by Quark's default INT8 configuration."""
-    from onnxruntime.quantization import CalibrationDataReader
     from quark.onnx import ModelQuantizer
     from quark.onnx.quantization.config.config import Config
     from quark.onnx.quantization.config.custom_config import get_default_config
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.samples = iter([{"image": image[None]} for image in images(model)])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.samples, None)
-
     config = Config(global_quant_config=get_default_config("XINT8"))
-    ModelQuantizer(config).quantize_model(str(source), str(out), Reader())
+    ModelQuantizer(config).quantize_model(str(source), str(out), reader(source, samples))
 
 
-QUANTIZERS: dict[str, tuple[str, Callable[[Path, str, Path], None]]] = {
+Quantizer = Callable[[Path, np.ndarray, Path], None]
+QUANTIZERS: dict[str, tuple[str, Quantizer]] = {
     "ONNX Runtime, defaults": ("onnxruntime", by_onnxruntime),
     "ONNX Runtime, for TensorRT": ("onnxruntime", by_onnxruntime_for_tensorrt),
     "NNCF, defaults": ("nncf", by_nncf),
-    "ModelOpt, INT8 max": ("nvidia-modelopt", by_modelopt),
+    "ModelOpt, INT8 max": ("nvidia-modelopt", by_modelopt_max),
     "Quark, XINT8": ("amd-quark", by_quark),
 }
 
@@ -126,18 +90,17 @@ def folded(model: str, folder: Path) -> Path:
     return build(request)[1] / "model.onnx"
 
 
-def _attempt(quantizer: Callable[[Path, str, Path], None], source: Path, model: str, out: Path) -> str:
+def _attempt(quantizer: Quantizer, source: Path, model: str, out: Path) -> str:
     """Quantize quietly; return the name of the error, or an empty string."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            quantizer(source, model, out)
+        with quiet():
+            quantizer(source, images(model), out)
     except Exception as error:
         return type(error).__name__
     return ""
 
 
-def row(name: str, package: str, quantizer: Callable[[Path, str, Path], None], model: str, folder: Path) -> str:
+def row(name: str, package: str, quantizer: Quantizer, model: str, folder: Path) -> str:
     """Quantize one example and return its row."""
     try:
         found = version(package)
