@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from deploycc.backends.layers import Layer, Measurement, measure
+from deploycc.core.compatibility import VERSION
 from deploycc.core.errors import UsageError
 from deploycc.core.plan import PrecisionPlan
 from deploycc.core.shapes import parse_shape
 from deploycc.core.target import Target, parse_target
-from deploycc.output import is_build
+from deploycc.output import digest_file, is_build
 from deploycc.quant.cost import estimate, machine_of
 from deploycc.recorded import read_json
 
@@ -71,7 +72,9 @@ def measured(path: Path, *, target: str = "", runs: int = 100) -> Profile:
     report = _report(path)
     chosen = _engine(report, path, target)
     nodes = {node: r for r in report["regions"] for node in (*r["nodes"], *r.get("qdq", ()))}
-    found = measure(path / chosen["path"], nodes, runs=runs)
+    # What a version-compatible engine brings is run only if it is the one that was built.
+    hosts_code = VERSION in report["request"].get("compatibility", "") and digest_file(path / chosen["path"]) == chosen["sha256"]
+    found = measure(path / chosen["path"], nodes, runs=runs, hosts_code=hosts_code)
     return _profile(found, _with_evidence(path, by_region(found.layers, nodes)))
 
 

@@ -49,19 +49,20 @@ def module_of(engine: Path) -> str:
         return "tensorrt_rtx" if engine_version(stream.read(64)) else "tensorrt"
 
 
-def measure(engine: Path, known: Iterable[str], *, runs: int, timeout: float = TIMEOUT) -> Measurement:
+def measure(engine: Path, known: Iterable[str], *, runs: int, hosts_code: bool = False, timeout: float = TIMEOUT) -> Measurement:
     """Run ``engine`` with random inputs of its usual shapes and time each layer.
 
     Args:
         engine: a serialized engine, ours or anybody's.
         known: names of ONNX nodes to look for in the layers' names.
         runs: timed inferences, after ten to warm up. TensorRT runs layers one by one while it times them.
+        hosts_code: whether the engine may bring code of its own, as a version-compatible one of ours does.
         timeout: seconds until the child is killed.
 
     Raises:
         BackendError: when the engine cannot be loaded or run here.
     """
-    request = {"module": module_of(engine), "engine": str(engine.resolve()), "runs": runs}
+    request = {"module": module_of(engine), "engine": str(engine.resolve()), "runs": runs, "hosts_code": hosts_code}
     try:
         answer = child.call(ENTRY, request, timeout=timeout)
     except child.ChildError as error:
@@ -127,9 +128,12 @@ def load_engine(request: Mapping[str, Any]) -> tuple[Any, Any]:
     if request["module"] == "tensorrt_rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # Polygraphy reads it when it is imported.
     from polygraphy.backend.common import BytesFromPath
-    from polygraphy.backend.trt import EngineFromBytes
+    from polygraphy.backend.trt import EngineFromBytes, get_trt_logger
 
-    return importlib.import_module(request["module"]), EngineFromBytes(BytesFromPath(request["engine"]))()
+    trt = importlib.import_module(request["module"])
+    runtime = trt.Runtime(get_trt_logger())
+    runtime.engine_host_code_allowed = request.get("hosts_code", False)
+    return trt, EngineFromBytes(BytesFromPath(request["engine"]), runtime=runtime)()
 
 
 def run_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
