@@ -242,7 +242,7 @@ def test_doctor_shows_every_backend_and_the_formats_of_each_target(run: Run) -> 
     text = run("doctor").out
     assert all(re.search(rf"^{point.name}: ", text, re.MULTILINE) for point in entry_points(group="deploycc.backends"))
     assert re.search(r"^ +tensorrt-rtx:sm_80 +fp32 fp16 bf16 int8 ··· int4 ····· ·····$", text, re.MULTILINE)
-    assert re.search(r"^ +tensorrt-rtx:sm_89 +fp32 fp16 bf16 int8 fp8$", text, re.MULTILINE)
+    assert re.search(r"^ +tensorrt-rtx:sm_89 +fp32 fp16 bf16 int8 fp8 int4 ····· ·····$", text, re.MULTILINE)
 
 
 def test_passes_markdown_prints_the_page(run: Run) -> None:
