@@ -15,7 +15,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +92,20 @@ def folded(model: str, folder: Path) -> Path:
     return build(request)[1] / "model.onnx"
 
 
-def _attempt(quantizer: Quantizer, source: Path, model: str, out: Path) -> str:
-    """Quantize quietly; return the name of the error, or an empty string."""
-    try:
-        with quiet():
-            quantizer(source, images(model), out)
-    except Exception as error:
-        return type(error).__name__
+def attempt(quantizer: Quantizer, source: Path, model: str, out: Path) -> str:
+    """Quantize in a process of its own, since quantizers change what others import; return the name of the error, or nothing."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            pool.submit(quantize, quantizer, source, model, out).result()
+        except Exception as error:
+            return type(error).__name__
     return ""
+
+
+def quantize(quantizer: Quantizer, source: Path, model: str, out: Path) -> None:
+    """Quantize quietly: the other side of ``attempt``."""
+    with quiet():
+        quantizer(source, images(model), out)
 
 
 def row(name: str, package: str, quantizer: Quantizer, model: str, folder: Path) -> str:
@@ -107,9 +115,9 @@ def row(name: str, package: str, quantizer: Quantizer, model: str, folder: Path)
     except PackageNotFoundError:
         return f"| {name} | {model} | not installed | | | |"
     out, mended = folder / "quantized.onnx", folder / "mended.onnx"
-    label, failure = model, _attempt(quantizer, FASHION / f"{model}.onnx", model, out)
+    label, failure = model, attempt(quantizer, FASHION / f"{model}.onnx", model, out)
     if failure:
-        label, failure = f"{model}, folded", _attempt(quantizer, folded(model, folder), model, out)
+        label, failure = f"{model}, folded", attempt(quantizer, folded(model, folder), model, out)
     if failure:
         return f"| {name} {found} | {model} | fails: {failure} | | | |"
     before, after = lint(out), fix(out, mended)

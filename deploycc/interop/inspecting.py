@@ -12,6 +12,7 @@ from deploycc.core import child
 from deploycc.core.errors import UsageError
 from deploycc.interop.conversion import from_proto
 from deploycc.interop.external import check_external_data
+from deploycc.interop.order import sort_nodes
 from deploycc.interop.protos import parse_proto
 from deploycc.interop.reading import read_proto
 from deploycc.interop.weights import attach, detach
@@ -34,6 +35,7 @@ def read_model(path: Path, *, timeout: float = TIMEOUT) -> ir.Model:
     path = Path(path)
     proto = read_proto(path)
     check_external_data(proto, path)
+    sort_nodes(proto.graph, str(path))  # Quark leaves its quantizers at the end.
     held = detach(proto, path.parent.resolve())
     with tempfile.TemporaryDirectory(prefix="deploycc-read-") as folder:
         file = Path(folder, "skeleton.onnx")

@@ -34,6 +34,19 @@ def test_findings_come_in_order_of_severity() -> None:
     assert ranks == sorted(ranks)
 
 
+def test_nodes_may_come_in_any_order(tmp_path: Path) -> None:
+    """Quark appends its quantizers behind the nodes that read them."""
+    proto = ir.to_proto(conv())
+    ir.save(ir.from_proto(proto), tmp_path / "sorted.onnx")
+    nodes = list(proto.graph.node)[::-1]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    (tmp_path / "reversed.onnx").write_bytes(proto.SerializeToString())
+    found, expected = lint(tmp_path / "reversed.onnx"), lint(tmp_path / "sorted.onnx")
+    assert expected.findings
+    assert {(f.rule, f.node) for f in found.findings} == {(f.rule, f.node) for f in expected.findings}
+
+
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
     """Run the command line; return its exit code and what it printed."""
     monkeypatch.setattr("sys.argv", ["deploycc", "lint", *arguments])
