@@ -122,7 +122,7 @@ def parse_clipping(text: str, *, at: str) -> Clipping:
         UsageError: for another name, or a percentile outside (0, 100].
     """
     name, _, number = text.partition(":")
-    plain = {"minmax": MinMax(), "entropy": Entropy(), "mse": Mse(), "percentile": Percentile()}
+    plain: dict[str, Clipping] = {"minmax": MinMax(), "entropy": Entropy(), "mse": Mse(), "percentile": Percentile()}
     if text in plain:
         return plain[text]
     if name != "percentile":
@@ -170,14 +170,15 @@ def squared_errors(counts: np.ndarray, limits: np.ndarray) -> np.ndarray:
 def _borders(limits: np.ndarray) -> np.ndarray:
     """Return the first bin of each code, ``[limits, codes + 1]``; a bin belongs to the code nearest to its middle. Callers set the end."""
     odd = 2.0 * np.arange(CODES + 2) - 1.0
-    return np.maximum(np.ceil((limits[:, None] * odd - CODES) / (2 * CODES)), 0).astype(np.int64)
+    first = np.ceil((limits[:, None] * odd - CODES) / (2 * CODES))
+    return np.asarray(np.maximum(first, 0), np.int64)
 
 
 def _running(values: np.ndarray) -> np.ndarray:
     """Return the sums of the first 0, 1, ... values."""
-    return np.concatenate([[0], np.cumsum(values)])
+    return np.asarray(np.concatenate([[0], np.cumsum(values)]))
 
 
 def _product(values: np.ndarray, of: np.ndarray) -> np.ndarray:
     """Return ``values * ln(of)``, zero where values are."""
-    return np.where(values > 0, values * np.log(np.maximum(of, 1e-300)), 0.0)
+    return np.asarray(np.where(values > 0, values * np.log(np.maximum(of, 1e-300)), 0.0))
