@@ -11,7 +11,7 @@ from deploycc.backends import onnxruntime as backend
 from deploycc.backends.onnxruntime import OnnxRuntime
 from deploycc.core.backend import BuildOptions
 from deploycc.core.errors import BackendError
-from deploycc.core.formats import BF16, FORMATS, FP8
+from deploycc.core.formats import BF16, FORMATS, FP8, MXFP8, NVFP4
 from deploycc.core.target import Target
 
 CPU = Target("onnxruntime")
@@ -143,9 +143,10 @@ def saved(text, folder):
     return path
 
 
-def test_every_format_but_bf16_runs():
+def test_every_format_runs_but_bf16_and_those_of_operators_that_are_tensorrts_own():
     cpu = OnnxRuntime()
-    assert cpu.formats(CPU) == frozenset(FORMATS.values()) - {BF16}
+    assert cpu.formats(CPU) == frozenset(FORMATS.values()) - {BF16, NVFP4, MXFP8}
+    assert all("does not have the operators" in cpu.unsupported_reason(CPU, f) for f in (NVFP4, MXFP8))
     assert cpu.unsupported_reason(CPU, FP8) == ""
     assert "no BF16 convolution" in cpu.unsupported_reason(CPU, BF16)
     assert cpu.resolve(CPU) == CPU
