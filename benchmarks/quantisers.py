@@ -204,7 +204,7 @@ def ours(each: Subject, folder: Path, precision: str, budget: str = "") -> tuple
     return out / "model.onnx", json.loads((out / "report.json").read_text())
 
 
-def judged(each: Subject, quantized: Path, name: str, **facts: float) -> Result:
+def judged(each: Subject, quantized: Path, name: str, *, seconds: float = 0.0, latency: float = float("nan")) -> Result:
     """Measure a quantized model on the held-out images."""
     import onnx
 
@@ -214,7 +214,7 @@ def judged(each: Subject, quantized: Path, name: str, **facts: float) -> Result:
     dequantizers = sum(n.op_type == "DequantizeLinear" for n in graph.node)
     true, built = outputs(each.model, each.held_out), outputs(quantized, each.held_out)
     sqnr = 10 * np.log10((true**2).sum() / ((built - true) ** 2).sum())
-    return Result(name, float(sqnr), pairs, dequantizers, **facts)
+    return Result(name, float(sqnr), pairs, dequantizers, seconds=seconds, latency=latency)
 
 
 def outputs(model: Path, images: np.ndarray) -> np.ndarray:

@@ -57,8 +57,7 @@ def raw_export(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     network = timm.create_model(name.removeprefix("timm:"), pretrained=False).eval()
     for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
+        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
