@@ -150,7 +150,9 @@ def _bounds(
     fastest = sum(min(c.latency for c in choices if c.region == i) for i in range(len(regions)))
     smallest = sum(min(c.bits for c in choices if c.region == i) for i in range(len(regions)))
     bounds = {}
-    bits = budget.bits if budget.bits is not None else (DEFAULT_BITS if not budget.bounds_error and budget.size is None else None)
+    # Without any bound the default trades bits for noise; who names one bound means that one.
+    is_free = budget.bounds_error or budget.size is not None or budget.latency is not None
+    bits = budget.bits if budget.bits is not None else (None if is_free else DEFAULT_BITS)
     if bits is not None:
         allowed = bits * parameters
         bounds["bits"] = allowed if budget.bits is not None else max(allowed, smallest)

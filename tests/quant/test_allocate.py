@@ -53,7 +53,7 @@ class Problem:
         bounds = {"noise": math.inf if noise_bound is None else noise_bound, "bits": math.inf, "latency": math.inf}
         if budget.bits is not None:
             bounds["bits"] = budget.bits * parameters
-        elif budget.size is None and not budget.bounds_error:
+        elif budget.size is None and budget.latency is None and not budget.bounds_error:
             bounds["bits"] = max(DEFAULT_BITS * parameters, min(f["bits"] for f in found))
         if budget.size is not None:
             bounds["bits"] = min(bounds["bits"], budget.size * parameters * 16)
@@ -148,6 +148,14 @@ def test_a_bound_of_zero_noise_keeps_what_is_exact() -> None:
         {n: {"fp16": 2.0, "int8": 1.0} for n in "ab"},
     )
     assert [a.format for a in problem.solve(Budget(sqnr=300), 0.0)] == [INT8, FP16]
+
+
+def test_a_bound_on_latency_alone_may_be_spent_on_bits() -> None:
+    regions = (region("a", 100), region("b", 100))
+    noise = {r.name: {"int8": 1e-3, "fp8": 1e-3} for r in regions}
+    latency = {r.name: {"fp16": 1.0, "int8": 0.5, "fp8": 0.5} for r in regions}
+    assert [a.format for a in Problem(regions, noise, latency).solve(Budget(latency=1.0))] == [FP16, FP16]
+    assert FP16 not in [a.format for a in Problem(regions, noise, latency).solve(Budget())]
 
 
 def test_equal_noise_is_decided_by_time() -> None:
