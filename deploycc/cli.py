@@ -123,8 +123,8 @@ def build(
         str | None,
         typer.Option(
             metavar="HOW",
-            help="How far INT8 ranges reach: mse (default), minmax, entropy, percentile or percentile:P. Where DIR holds the ranges of the "
-            "same model and data, another way needs no second pass.",
+            help="How far INT8 ranges reach: auto (default: mse or minmax, whichever errs less at the outputs), mse, minmax, entropy, "
+            "percentile or percentile:P. Where DIR holds the ranges of the same model and data, another way needs no second pass.",
         ),
     ] = None,
     merge: Annotated[

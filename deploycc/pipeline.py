@@ -20,6 +20,7 @@ from deploycc.core.identity import identities
 from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, versions, write_manifest
+from deploycc.quant.clipping import AUTO
 from deploycc.quant.cost import estimate_all
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 from deploycc.quant.islands import islands_of
@@ -289,7 +290,7 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
         "budget": str(job.budget),
         "seed": request.seed,
         "strict": request.strict,
-        "calibration": str(job.clipping) if analysis.formats and analysis.settled is None else None,
+        "calibration": str(job.clipping or AUTO) if analysis.formats and analysis.settled is None else None,
         "merge": request.merge,
         "rescale": request.rescale,
         "rounding": request.rounding,

@@ -26,7 +26,7 @@ from deploycc.core.plan import PrecisionPlan
 from deploycc.core.report import BuildReport
 from deploycc.core.shapes import Profile, profiles_for
 from deploycc.interop import load_model
-from deploycc.quant.clipping import DEFAULT, Clipping, parse_clipping
+from deploycc.quant.clipping import Clipping, parse_clipping
 from deploycc.quant.methods import AUTO, check_fallback, method_named
 from deploycc.quant.overrides import SECTION, Override, parse_overrides
 from deploycc.quant.paper_reparameterize import parse_reparameterization
@@ -153,7 +153,7 @@ class Job:
     dump: Dump | None = None
     overrides: tuple[Override, ...] = ()
     plan: PrecisionPlan | None = None
-    clipping: Clipping = DEFAULT
+    clipping: Clipping | None = None
     reference: Any = field(default_factory=lambda: registry.backend("onnxruntime"))
 
     @property
@@ -352,12 +352,12 @@ def _read_plan(request: BuildRequest) -> PrecisionPlan | None:
         raise UsageError(f"the plan cannot be read: {error}", at=at, fix="give the plan.json of a build directory") from error
 
 
-def _clipping(request: BuildRequest) -> Clipping:
-    """Return how far INT8 ranges reach; refuse to be told where nothing would obey."""
+def _clipping(request: BuildRequest) -> Clipping | None:
+    """Return how far INT8 ranges reach, None where that is to be measured; refuse to be told where nothing would obey."""
     asked = request.calibration or read_calibration(request.config)
     at = f"--calibration {asked}" if request.calibration else f"--config {request.config}"
     if asked is None:
-        return DEFAULT
+        return None
     if request.plan is not None or request.precision in SIMULATIONS:
         what = "the plan holds every scale already" if request.plan is not None else "a simulation fits every quantizer itself"
         raise UsageError(what, at=at, fix="leave the way of calibration away")

@@ -95,7 +95,7 @@ class TestEveryPrecision:
         assert report["model"]["path"] == "cnn.onnx"
         assert report["model"]["sha256"] == digest_file(case.model)
         assert report["model"]["outputs"] == ["logits"]
-        asked = {"precision": precision, "targets": [target], "calibration": "mse" if precision in CALIBRATED else None}
+        asked = {"precision": precision, "targets": [target], "calibration": "auto" if precision in CALIBRATED else None}
         assert report["request"] == {**asked, "budget": "", "seed": 0, "strict": False, **PASS_OPTIONS}
         names = [p["spec"].split("(")[0] for p in report["passes"]]
         assert names[-5:] == ["RoundWeights", "SimulateQuantizers", "InsertQdq", "InsertCasts", "FuseDcnv3Quantizers"]

@@ -227,7 +227,7 @@ class TestBuild:
             "relevance_fallback": None,
             "regions": [],
             "verify_each": True,
-            "calibration": "mse",
+            "calibration": "auto",
             "dcn": "body",
             "compatibility": "",
             "timeout": None,

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.errors import UsageError
-from deploycc.core.formats import FORMATS, FP8, Format
+from deploycc.core.formats import FORMATS, FP8, INT8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan, Region
 from deploycc.core.quantizers import activation_scale
 from deploycc.core.rescaling import Rescale
 from deploycc.quant.allocate import allocate, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
-from deploycc.quant.clipping import DEFAULT, Clipping, clip_limit
+from deploycc.quant.clipping import CANDIDATES, DEFAULT, Clipping, clip_limit
 from deploycc.quant.cost import estimate_all, machine_of
 from deploycc.quant.islands import decision_islands, sampling_islands
 from deploycc.quant.methods import AUTO, Question, method_named
 from deploycc.quant.overrides import Override, islands_of_overrides, settle
 from deploycc.quant.regions import partition
+from deploycc.quant.sensitivity import measure_whole
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 Stage = Callable[[str], Any]
 SCORING_BUDGET = 4e11
+CLIPPING_SAMPLES = 8  # to choose how far ranges reach
 SCORING_SAMPLES = (4, 32)
 # Where the fewest samples would take more multiplications than this, `--sensitivity auto` estimates instead of measuring.
 AFFORDABLE = 5 * SCORING_BUDGET
@@ -123,7 +125,7 @@ def analyse(
     sensitivity: str = "sqnr",
     fallback: str | None = None,
     overrides: Sequence[Override] = (),
-    clipping: Clipping = DEFAULT,
+    clipping: Clipping | None = None,
     known: Statistics | None = None,
     samples_codes: bool = False,
 ) -> Analysis:
@@ -145,7 +147,7 @@ def analyse(
         sensitivity: how regions are scored, by name (``deploycc.quant.methods``), or ``auto``.
         fallback: how relevance passes an operator without a rule: ``gradient``, or None to refuse.
         overrides: what the user decided about regions.
-        clipping: how far the range of an activation reaches.
+        clipping: how far the range of an activation reaches; None for what errs least at the outputs.
         known: statistics of the same graph on the same data, if there are any; of the same values, they spare the pass over the data.
         samples_codes: whether DCNv3 is computed by a kernel that reads INT8 (``regions.partition``).
 
@@ -155,7 +157,7 @@ def analyse(
     regions, forced = settle(partition(model, samples_codes=samples_codes), overrides, base=base)
     analysis = Analysis(
         regions, base, tuple(formats), target, batch, digest,
-        sensitivity=sensitivity, rescales=rescales or {}, forced=forced, clipping=clipping,
+        sensitivity=sensitivity, rescales=rescales or {}, forced=forced,
     )  # fmt: skip
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
@@ -168,7 +170,7 @@ def analyse(
             if known is None or set(known.observers) != set(values):
                 known = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
             analysis.statistics = known
-            analysis.scales = scales_of(known, eligible, formats, base, softmax=_softmax_outputs(model), clipping=clipping)
+            analysis.clipping, analysis.scales = _scaled(analysis, model, known, eligible, clipping, data.take(CLIPPING_SAMPLES), reference)
     if formats and choose:
         question = Question(
             model, analysis.regions, formats, analysis.scales, data, reference, batch=batch, fallback=fallback, progress=progress
@@ -176,6 +178,28 @@ def analyse(
         with stage("score"):
             _score(analysis, question, sensitivity, runs=len(eligible) * len(formats))
     return analysis
+
+
+def _scaled(
+    analysis: Analysis,
+    model: ir.Model,
+    known: Statistics,
+    eligible: Sequence[Region],
+    clipping: Clipping | None,
+    data: Dataset,
+    reference: Reference,
+) -> tuple[Clipping, dict[str, dict[str, float]]]:
+    """Return scales, and how far their ranges reach: as told, or as errs least at the outputs with every region in INT8."""
+    softmax = _softmax_outputs(model)
+    candidates = (clipping,) if clipping else CANDIDATES if INT8 in analysis.formats else (DEFAULT,)
+    found = [(each, scales_of(known, eligible, analysis.formats, analysis.base, softmax=softmax, clipping=each)) for each in candidates]
+    if len(found) == 1 or not any(INT8.name in r.formats for r in eligible):
+        return found[0]
+
+    def noise(tried: tuple[Clipping, dict[str, dict[str, float]]]) -> float:
+        return measure_whole(model, eligible, [INT8], tried[1], data, reference=reference, batch=analysis.batch)[INT8.name]
+
+    return min(found, key=noise)
 
 
 def _score(analysis: Analysis, question: Question, sensitivity: str, *, runs: int) -> None:

@@ -156,11 +156,14 @@ def test_names_are_read_and_written() -> None:
     for text in ("minmax", "entropy", "mse", "percentile:99.9"):
         assert str(parse_clipping(text, at="--calibration")) == text
     assert parse_clipping("percentile", at="--calibration") == Percentile(99.99)
+    assert parse_clipping("auto", at="--calibration") is None
 
 
 @pytest.mark.parametrize("text", ["max", "", "mse:3", "minmax:1"])
 def test_other_names_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=rf"unknown way of calibration '{text}'\. Where: --calibration\. Fix: use one of mse, minmax, "):
+    with pytest.raises(
+        UsageError, match=rf"unknown way of calibration '{text}'\. Where: --calibration\. Fix: use one of auto, mse, minmax, "
+    ):
         parse_clipping(text, at="--calibration")
 
 

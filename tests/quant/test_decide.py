@@ -14,6 +14,7 @@ from deploycc.core.budget import Budget
 from deploycc.core.formats import FP8, FP16, INT8, Format
 from deploycc.core.target import parse_target
 from deploycc.quant import decide as deciding
+from deploycc.quant.clipping import MinMax, Percentile
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 
 if TYPE_CHECKING:
@@ -126,3 +127,18 @@ class TestAuto:
         model = graph(text, w=weight(16, 16), v=weight(16, 16))
         analysis = analysed(tmp_path, model, (INT8,), choose=True)
         assert (self.scored_by(analysis), analysis.notes) == ("sqnr", ())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_ranges_reach_as_far_as_errs_least_at_the_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int) -> None:
+    candidates = (Percentile(20.0), MinMax())[::order]
+    monkeypatch.setattr(deciding, "CANDIDATES", candidates)
+    found = analysed(tmp_path, residual(), (INT8,))
+    assert found.clipping == MinMax()
+    assert found.statistics is not None
+    assert all(by["int8"] == pytest.approx(found.statistics.observers[v].limit / 127, rel=1e-3) for v, by in found.scales.items())
+
+
+def test_no_network_is_run_to_choose_for_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deciding, "measure_whole", lambda *arguments, **options: pytest.fail("measured for nothing"))
+    assert analysed(tmp_path, residual(), (FP8,)).scales

@@ -87,16 +87,16 @@ def test_neither_another_way_nor_another_format_needs_a_second_pass(
 
     monkeypatch.setattr(decide, "calibrate", counted)
     scales, files = {}, set()
-    for way in (None, "percentile:99", "minmax"):
+    for way in ("mse", "percentile:99", "minmax"):
         report, directory = build(request_of(calibration=way))
         plan, manifest = (json.loads((directory / name).read_text()) for name in ("plan.json", "manifest.json"))
         scales[way] = {value: by["int8"] for value, by in plan["scales"].items()}
         files.add((directory / RANGES).read_bytes())
-        assert (report.calibration["method"], report.calibration["cached"]) == (way or "mse", way is not None)
-        assert manifest["options"]["calibration"] == plan["calibration"] == (way or "mse")
+        assert (report.calibration["method"], report.calibration["cached"]) == (way, way != "mse")
+        assert manifest["options"]["calibration"] == plan["calibration"] == way
     assert build(request_of(precision="fp8"))[0].calibration["cached"] is True
     assert len(passes) == len(files) == 1
-    assert all(scales["percentile:99"][v] < s and scales[None][v] <= s for v, s in scales["minmax"].items())
+    assert all(scales["percentile:99"][v] < s and scales["mse"][v] <= s for v, s in scales["minmax"].items())
     with pytest.raises(UsageError, match=r"the plan holds every scale already\. Where: --calibration mse"):
         build(request_of(precision="fp16", plan=directory / "plan.json", calibration="mse"))
     assert build(request_of(samples=4))[0].calibration["cached"] is False
