@@ -81,8 +81,8 @@ def build(
         str,
         typer.Option(
             metavar="B",
-            help="Bounds: sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, latency<=0.7x; several with commas. "
-            "Without any, mixed takes the least noise with 10 bits per weight and 1.15 times the least estimated latency.",
+            help="Bounds: sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, bops<=0.5x (bit operations), latency<=0.7x; several with "
+            "commas. Without any, mixed takes the least noise with 10 bits per weight and 1.15 times the least estimated latency.",
         ),
     ] = "",
     plan: Annotated[

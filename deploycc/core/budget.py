@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 from deploycc.core.errors import UsageError
 
-_BOUND = re.compile(r"(sqnr|accuracy-drop|bits|size|latency)\s*(>=|<=)\s*([0-9.]+)\s*(dB|x)?")
-_FORMS = {"sqnr": (">=", "dB"), "accuracy-drop": ("<=", None), "bits": ("<=", None), "size": ("<=", "x"), "latency": ("<=", "x")}
+_BOUND = re.compile(r"(sqnr|accuracy-drop|bits|size|bops|latency)\s*(>=|<=)\s*([0-9.]+)\s*(dB|x)?")
+_FORMS = {
+    "sqnr": (">=", "dB"),
+    "accuracy-drop": ("<=", None),
+    "bits": ("<=", None),
+    "size": ("<=", "x"),
+    "bops": ("<=", "x"),
+    "latency": ("<=", "x"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +23,15 @@ class Budget:
     """Bounds; None where nothing is asked.
 
     ``sqnr`` in dB against the FP32 original (every output), ``accuracy_drop`` in points, ``bits`` per weight on average,
-    ``size`` of the weights and ``latency`` (estimated) as a share of the base format's.
+    ``size`` of the weights, ``bops`` (bit operations: multiplications times the bits of both operands) and ``latency`` (estimated) as
+    a share of the base format's.
     """
 
     sqnr: float | None = None
     accuracy_drop: float | None = None
     bits: float | None = None
     size: float | None = None
+    bops: float | None = None
     latency: float | None = None
 
     @property
@@ -53,7 +62,7 @@ def parse_budget(text: str) -> Budget:
             raise UsageError(
                 f"cannot read the bound '{part}'",
                 at="--budget",
-                fix="use sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x or latency<=0.7x, separated by commas, each once",
+                fix="use sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, bops<=0.5x or latency<=0.7x, separated by commas, each once",
             )
         try:
             found[name] = float(match[3])

@@ -38,6 +38,7 @@ class Choice:
     noise: float
     latency: float
     bits: float
+    bops: float
 
 
 def uniform(regions: Sequence[Region], format: Format, base: Format, noise: Costs) -> tuple[Assignment, ...]:
@@ -125,21 +126,24 @@ def _choices(
     for i, region in enumerate(regions):
         float_format = forced.get(region.name, base)
         if not float_format.is_quantized:
-            found.append(
-                Choice(i, float_format, 0.0, latency[region.name][float_format.name], region.parameters * float_format.weight_bits)
-            )
+            found.append(_choice(i, region, float_format, base, 0.0, latency))
         for format in formats:
             if format.name in region.formats:
-                found.append(
-                    Choice(
-                        i,
-                        format,
-                        noise[region.name][format.name],
-                        latency[region.name][format.name],
-                        region.parameters * format.weight_bits,
-                    )
-                )
+                found.append(_choice(i, region, format, base, noise[region.name][format.name], latency))
     return found
+
+
+def _choice(index: int, region: Region, format: Format, base: Format, noise: float, latency: Costs) -> Choice:
+    bits = region.parameters * format.weight_bits
+    return Choice(index, format, noise, latency[region.name][format.name], bits, bit_operations(region, format, base))
+
+
+def bit_operations(region: Region, format: Format, base: Format) -> float:
+    """Return the multiplications of ``region`` times the bits of both operands; activations stay in ``base`` where only weights have codes.
+
+    See: the BOPs of van Baalen et al., Bayesian Bits, NeurIPS 2020.
+    """
+    return float(region.macs * format.bits * (base if format.activations == "none" else format).bits)
 
 
 def _bounds(
@@ -151,13 +155,15 @@ def _bounds(
     smallest = sum(min(c.bits for c in choices if c.region == i) for i in range(len(regions)))
     bounds = {}
     # Without any bound the default trades bits for noise; who names one bound means that one.
-    is_free = budget.bounds_error or budget.size is not None or budget.latency is not None
+    is_free = budget.bounds_error or any(bound is not None for bound in (budget.size, budget.bops, budget.latency))
     bits = budget.bits if budget.bits is not None else (None if is_free else DEFAULT_BITS)
     if bits is not None:
         allowed = bits * parameters
         bounds["bits"] = allowed if budget.bits is not None else max(allowed, smallest)
     if budget.size is not None:
         bounds["bits"] = min(bounds.get("bits", np.inf), budget.size * parameters * base.bits)
+    if budget.bops is not None:
+        bounds["bops"] = budget.bops * sum(bit_operations(r, base, base) for r in regions)
     if budget.latency is not None:
         bounds["latency"] = budget.latency * all_base
     elif noise_bound is None:
@@ -172,7 +178,7 @@ def _solve(choices: Sequence[Choice], count: int, bounds: Mapping[str, float], *
     usable = _undominated(choices, bounds, minimise)
     if len({c.region for c in usable}) < count:
         return None
-    columns = {name: np.array([getattr(c, name) for c in usable]) for name in ("noise", "latency", "bits")}
+    columns = {name: np.array([getattr(c, name) for c in usable]) for name in ("noise", "latency", "bits", "bops")}
     relative = {name: column / max(float(column.sum()), 1e-300) for name, column in columns.items()}
     # HiGHS stops within 1e-6 of the optimum whatever the units: in these units that is one part in 1e12.
     objective = 1e6 * relative[minimise] + 1e-3 * relative["latency" if minimise == "noise" else "noise"]
@@ -198,10 +204,11 @@ def _undominated(choices: Sequence[Choice], bounds: Mapping[str, float], minimis
 
 def _infeasible(choices: Sequence[Choice], bounds: Mapping[str, float], base: Format, budget: Budget) -> str:
     """Return which bound no plan meets, in the units in which the budget is written."""
-    whole = {name: sum(getattr(c, name) for c in choices if c.format == base) or 1.0 for name in ("bits", "latency")}
+    whole = {name: sum(getattr(c, name) for c in choices if c.format == base) or 1.0 for name in ("bits", "bops", "latency")}
     by_size = budget.size is not None and (budget.bits is None or budget.size * base.bits < budget.bits)
     units = {
         "bits": (whole["bits"], f"x the size of {base.name}") if by_size else (whole["bits"] / base.bits, " bits per weight"),
+        "bops": (whole["bops"], f"x the bit operations of {base.name}"),
         "latency": (whole["latency"], f"x the estimated latency of {base.name}"),
         "noise": (1.0, " of noise to signal"),
     }

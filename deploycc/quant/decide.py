@@ -13,7 +13,7 @@ from deploycc.core.formats import FORMATS, FP8, INT8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan, Region
 from deploycc.core.quantizers import activation_scale
 from deploycc.core.rescaling import Rescale
-from deploycc.quant.allocate import allocate, uniform
+from deploycc.quant.allocate import allocate, bit_operations, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.clipping import CANDIDATES, DEFAULT, Clipping, clip_limit
 from deploycc.quant.cost import estimate_all, machine_of
@@ -76,12 +76,15 @@ class Analysis:
         latency = sum(self.costs[a.region.name][(plan.base if a.format.is_simulated else a.format).name] for a in plan.assignments)
         base = sum(self.costs[a.region.name][plan.base.name] for a in plan.assignments)
         parameters = sum(a.region.parameters for a in plan.assignments)
+        operations = sum(bit_operations(a.region, a.format, plan.base) for a in plan.assignments)
+        whole = sum(bit_operations(a.region, plan.base, plan.base) for a in plan.assignments)
         return {
             "base": plan.base.name,
             "regions": plan.count(),
             "average_bits": round(plan.average_bits(), 4),
             "weight_bytes": int(sum(a.region.parameters * a.format.weight_bits for a in plan.assignments) // 8),
             "weight_parameters": parameters,
+            "bit_operations_ratio": round(operations / whole, 4) if whole else 1.0,
             "estimated_latency_us": round(latency, 2),
             "estimated_latency_ratio": round(latency / base, 4) if base else 1.0,
             "estimated_on": f"{machine_of(self.target).name}, batch {self.batch} (roofline estimate, not a measurement)",

@@ -18,6 +18,7 @@ from deploycc.core.errors import UsageError
         ("sqnr >= 25", Budget(sqnr=25)),
         ("accuracy-drop<=0.5", Budget(accuracy_drop=0.5)),
         ("bits<=8, size<=0.5x,latency<=.7", Budget(bits=8, size=0.5, latency=0.7)),
+        ("bops<=0.3x", Budget(bops=0.3)),
         ("bits<=8,", Budget(bits=8)),
     ],
 )
@@ -42,8 +43,8 @@ def test_refuses_what_is_no_bound(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_budget(text)
     assert str(caught.value) == (
-        f"cannot read the bound '{bad}'. Where: --budget. Fix: use sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x or latency<=0.7x, "
-        "separated by commas, each once."
+        f"cannot read the bound '{bad}'. Where: --budget. Fix: use sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, bops<=0.5x or "
+        "latency<=0.7x, separated by commas, each once."
     )
 
 

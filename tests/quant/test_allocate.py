@@ -41,6 +41,7 @@ class Problem:
             "noise": sum(self.noise[r.name].get(f.name, 0.0) for r, f in pairs),
             "latency": sum(self.latency[r.name][f.name] for r, f in pairs),
             "bits": sum(r.parameters * f.bits for r, f in pairs),
+            "bops": sum(r.macs * f.bits**2 for r, f in pairs),
         }
 
     def every(self) -> list[dict[str, float]]:
@@ -50,13 +51,15 @@ class Problem:
     def bounds(self, budget: Budget, noise_bound: float | None) -> dict[str, float]:
         """The documented meaning of a budget, written out once more."""
         parameters, found = sum(r.parameters for r in self.regions), self.every()
-        bounds = {"noise": math.inf if noise_bound is None else noise_bound, "bits": math.inf, "latency": math.inf}
+        bounds = {"noise": math.inf if noise_bound is None else noise_bound, "bits": math.inf, "latency": math.inf, "bops": math.inf}
         if budget.bits is not None:
             bounds["bits"] = budget.bits * parameters
-        elif budget.size is None and budget.latency is None and not budget.bounds_error:
+        elif budget.size is None and budget.latency is None and budget.bops is None and not budget.bounds_error:
             bounds["bits"] = max(DEFAULT_BITS * parameters, min(f["bits"] for f in found))
         if budget.size is not None:
             bounds["bits"] = min(bounds["bits"], budget.size * parameters * 16)
+        if budget.bops is not None:
+            bounds["bops"] = budget.bops * sum(r.macs for r in self.regions) * 16**2
         if budget.latency is not None:
             bounds["latency"] = budget.latency * sum(self.latency[r.name]["fp16"] for r in self.regions)
         elif noise_bound is None:
@@ -70,7 +73,10 @@ class Problem:
 
 
 def region(name: str, parameters: int, formats: tuple[str, ...] = ("int8", "fp8")) -> Region:
-    return Region(name, "conv", (name,), (name,), (), formats=formats, rules=() if formats else ("S2",), parameters=parameters)
+    # Multiplications are no multiple of parameters, so that bounds on bits and on bit operations are two things.
+    macs = parameters * 37 % 5001
+    rules = () if formats else ("S2",)
+    return Region(name, "conv", (name,), (name,), (), formats=formats, rules=rules, parameters=parameters, macs=macs)
 
 
 @st.composite
@@ -89,6 +95,8 @@ BUDGETS = st.one_of(
     st.builds(lambda b: (Budget(bits=b), None), st.floats(7.5, 17)),
     st.builds(lambda s: (Budget(size=s), None), st.floats(0.4, 1.1)),
     st.builds(lambda t: (Budget(latency=t), None), st.floats(0.05, 1.2)),
+    st.builds(lambda o: (Budget(bops=o), None), st.floats(0.2, 1.1)),
+    st.builds(lambda e, o: (Budget(sqnr=-10 * e, bops=o), 10.0**e), st.floats(-9, 0), st.floats(0.2, 1.1)),
     st.builds(lambda b, t: (Budget(bits=b, latency=t), None), st.floats(7.5, 17), st.floats(0.05, 1.2)),
     st.builds(lambda e: (Budget(sqnr=-10 * e), 10.0**e), st.floats(-9, 0)),
     st.builds(lambda e, b: (Budget(sqnr=-10 * e, bits=b), 10.0**e), st.floats(-9, 0), st.floats(7.5, 17)),
