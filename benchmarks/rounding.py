@@ -30,14 +30,14 @@ import onnx_ir as ir
 import torch
 from rich.console import Console
 from rich.table import Table
-from sensitivity import EVALUATION, EXTRA, MODELS, ROOT, Subject, subject
+from sensitivity import EVALUATION, EXTRA, MODELS, ROOT, Subject, measured, subject
 
 from deploycc.core.formats import FORMATS, INT8, Format
 from deploycc.core.graph import append_node
 from deploycc.core.plan import PrecisionPlan
 from deploycc.core.quantizers import largest_code
 from deploycc.quant.allocate import uniform
-from deploycc.quant.layers import Layer, codes_of, quantized_layers
+from deploycc.quant.layers import Layer, codes_of, quantized_layers, scaled_rows
 from deploycc.quant.rounding import anchored, rounded
 from passes.insert_qdq import InsertQdq
 from passes.round_weights import RoundWeights
@@ -58,18 +58,12 @@ class Moments:
 
 def moments_of(each: Subject, layers: list[Layer]) -> list[Moments]:
     """Return the moments of every layer over the calibration data."""
-    clone, found = each.model.clone(), [Moments() for _ in layers]
-    fed = {v.name for v in clone.graph.inputs}
-    values = {v.name: v for node in clone.graph for v in node.outputs}
-    sources = list(dict.fromkeys(layer.source for layer in layers if layer.source not in fed))
-    clone.graph.outputs.extend(values[s] for s in sources)
-    run = each.reference.executor(clone)
-    for feeds in each.calibration.take(32).batches(16):
-        seen = {**run(feeds, sources), **feeds}
-        for layer, m in zip(layers, found, strict=True):
-            x = layer.rows(seen[layer.source]).astype(np.float64)
-            q = codes_of(x / layer.scale, layer.format) * layer.scale
-            m.x, m.q, m.xq, m.qq, m.rows = m.x + x.sum(0), m.q + q.sum(0), m.xq + x.T @ q, m.qq + q.T @ q, m.rows + len(x)
+    found = [Moments() for _ in layers]
+    for i, scaled in scaled_rows(each.model, layers, each.calibration.take(32), each.reference, 16):
+        layer, m = layers[i], found[i]
+        x = scaled.astype(np.float64) * layer.scale
+        q = codes_of(scaled, layer.format).astype(np.float64) * layer.scale
+        m.x, m.q, m.xq, m.qq, m.rows = m.x + x.sum(0), m.q + q.sum(0), m.xq + x.T @ q, m.qq + q.T @ q, m.rows + len(x)
     for m in found:
         m.x, m.q, m.xq, m.qq = m.x / m.rows, m.q / m.rows, m.xq / m.rows, m.qq / m.rows
     return found
@@ -155,19 +149,6 @@ def built(each: Subject, plan: PrecisionPlan, weights: Mapping[str, np.ndarray],
     return model
 
 
-def judged(each: Subject, model: ir.Model) -> tuple[float, float]:
-    """Return the SQNR in dB and the top-1 accuracy in percent on held-out data."""
-    execute, original = each.reference.executor(model), each.reference.executor(each.model)
-    noise = power = right = 0.0
-    labels, at = each.held_out.labels, 0
-    for feeds in each.held_out.batches(64):
-        expected, found = next(iter(original(feeds).values())), next(iter(execute(feeds).values()))
-        noise, power = noise + float(np.sum((found - expected) ** 2)), power + float(np.sum(expected**2))
-        right += float(np.sum(found.argmax(1) == labels[at : at + len(found)])) if labels is not None else 0.0
-        at += len(found)
-    return 10 * float(np.log10(power / max(noise, 1e-30))), 100 * right / at
-
-
 def lines(each: Subject) -> list[tuple[str, float, float, float]]:
     """Return name, SQNR, accuracy and seconds of every variant."""
     analysis, format = each.analysis, each.analysis.formats[0]
@@ -182,7 +163,7 @@ def lines(each: Subject) -> list[tuple[str, float, float, float]]:
             if shifts_bias:
                 shifts[layer.node.name or ""] = m.x @ weight - m.q @ new
         seconds = time.perf_counter() - start
-        found.append((name, *judged(each, built(each, plan, weights, shifts)), seconds))
+        found.append((name, *measured(each, built(each, plan, weights, shifts)), seconds))
     return found
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from scipy.stats import spearmanr
 
 from deploycc import registry
@@ -124,6 +125,11 @@ def judged(each: Subject, assignments: tuple[Assignment, ...]) -> tuple[float, f
     scales = {v: {f: s for f, s in by.items() if (v, f) in used} for v, by in each.analysis.scales.items()}
     built = each.model.clone()
     InsertQdq(PrecisionPlan(each.analysis.base, assignments, {v: by for v, by in scales.items() if by}))(built)
+    return measured(each, built)
+
+
+def measured(each: Subject, built: ir.Model) -> tuple[float, float]:
+    """Return the SQNR in dB and the top-1 accuracy in percent of a built model on held-out data."""
     execute, original = each.reference.executor(built), each.reference.executor(each.model)
     noise = power = right = 0.0
     labels, at = each.held_out.labels, 0

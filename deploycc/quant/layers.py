@@ -125,6 +125,21 @@ def _bias(node: ir.Node) -> ir.Value | None:
 
 def moments_of(model: ir.Model, layers: Sequence[Layer], data: Dataset, reference: Reference, batch: int) -> Iterator[Moments]:
     """Return the moments of the inputs of every layer."""
+    totals: list[Any] = [(0.0, 0.0, 0.0, 0)] * len(layers)
+    for i, scaled in scaled_rows(model, layers, data, reference, batch):
+        rows = codes_of(scaled, layers[i].format)
+        mean, quantized, gram, count = totals[i]
+        sums = scaled.sum(0, dtype=np.float64), rows.sum(0, dtype=np.float64)
+        totals[i] = mean + sums[0], quantized + sums[1], gram + (rows.T @ rows).astype(np.float64), count + len(rows)
+    for layer, (mean, quantized, gram, count) in zip(layers, totals, strict=True):
+        unit = layer.scale / count
+        yield Moments(mean * unit, quantized * unit, gram * (layer.scale * unit))
+
+
+def scaled_rows(
+    model: ir.Model, layers: Sequence[Layer], data: Dataset, reference: Reference, batch: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield, batch by batch, the index of each layer and the rows that it multiplies, in units of the scale of its input."""
     clone = model.clone()
     values = {v.name: v for v in clone.graph.inputs} | {v.name: v for n in clone.graph for v in n.outputs}
     sources = list(dict.fromkeys(layer.source for layer in layers))
@@ -133,18 +148,10 @@ def moments_of(model: ir.Model, layers: Sequence[Layer], data: Dataset, referenc
     fed = {v.name for v in clone.graph.inputs}
     clone.graph.outputs.extend(values[s] for s in sources if s not in outputs and s not in fed)
     run = reference.executor(clone)
-    totals: list[Any] = [(0.0, 0.0, 0.0, 0)] * len(layers)
     for feeds in data.batches(batch):
         seen: Mapping[str, np.ndarray] = {**run(feeds, [s for s in sources if s not in fed]), **feeds}
         for i, layer in enumerate(layers):
-            scaled = layer.rows(seen[layer.source]) / np.float32(layer.scale)
-            rows = codes_of(scaled, layer.format)
-            mean, quantized, gram, count = totals[i]
-            sums = scaled.sum(0, dtype=np.float64), rows.sum(0, dtype=np.float64)
-            totals[i] = mean + sums[0], quantized + sums[1], gram + (rows.T @ rows).astype(np.float64), count + len(rows)
-    for layer, (mean, quantized, gram, count) in zip(layers, totals, strict=True):
-        unit = layer.scale / count
-        yield Moments(mean * unit, quantized * unit, gram * (layer.scale * unit))
+            yield i, layer.rows(seen[layer.source]) / np.float32(layer.scale)
 
 
 def _columns(node: ir.Node, weight: np.ndarray) -> np.ndarray:
