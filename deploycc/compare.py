@@ -22,7 +22,7 @@ from deploycc.core.shapes import profiles_for
 from deploycc.interop.inspecting import read_model
 from deploycc.lint.subject import Subject, value_type
 from deploycc.output import is_build
-from deploycc.quant.cost import estimate, machine_of
+from deploycc.quant.cost import boundaries, estimate_all, machine_of, total
 from deploycc.recorded import read_json
 from deploycc.request import Silent, Watcher
 from deploycc.verify import accuracy, numerics
@@ -169,9 +169,8 @@ def _canonical(model: ir.Model) -> ir.Model:
 def _side(path: Path, model: ir.Model, target: Target, batch: int) -> Side:
     subject = Subject(model)
     formats = {r.name: subject.format_of(r) or _base(subject, r) for r in subject.regions}
-    machine = machine_of(target)
     known = {name: FORMATS.get(format, FORMATS["fp32"]) for name, format in formats.items()}
-    latency = sum(estimate(r, known[r.name], machine, batch=batch) for r in subject.regions)
+    latency = total(estimate_all(subject.regions, target, batch=batch), boundaries(subject.regions, target, batch=batch), known)
     engines = {p.name: p.stat().st_size for p in sorted((path / "engines").glob("*.*"))} if path.is_dir() else {}
     file = path / "model.onnx" if path.is_dir() else path
     size = sum(p.stat().st_size for p in (file, file.with_name(f"{file.name}.data")) if p.exists())

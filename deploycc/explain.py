@@ -13,9 +13,10 @@ from deploycc.core.rules import RULES
 from deploycc.core.target import parse_target
 from deploycc.output import is_build
 from deploycc.quant.allocate import pareto_front
-from deploycc.quant.cost import estimate_all
+from deploycc.quant.cost import boundaries, estimate_all, total
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -37,7 +38,8 @@ def explain(directory: Path, node: str | None) -> str:
             at=str(directory),
             fix=f"run `deploycc explain {directory}` for all regions; the first are {names}",
         )
-    return "\n\n".join([*(_paragraph(r) for r in found), *notes])
+    conversions = report["plan"].get("conversions", [])
+    return "\n\n".join([*(_paragraph(r, conversions) for r in found), *notes])
 
 
 def _is_named(region: dict[str, Any], name: str) -> bool:
@@ -78,11 +80,12 @@ def explain_front(directory: Path) -> str:
     target = parse_target(report["request"]["targets"][0])
     costs, noise = estimate_all(regions, target, batch=report["plan"]["batch"]), {a.region.name: a.noise for a in plan.assignments}
     formats = [f for f in FORMATS.values() if f.name in scored]
-    front = pareto_front(regions, formats, plan.base, noise=noise, latency=costs)
+    borders = boundaries(regions, target, batch=report["plan"]["batch"])
+    front = pareto_front(regions, formats, plan.base, noise=noise, latency=costs, boundaries=borders)
     whole = sum(costs[r.name][plan.base.name] for r in regions)
     lines = [f"{'latency':>8}  {'bits':>5}  {'expected SQNR':>13}  regions"]
     for found in front:
-        time = sum(costs[a.region.name][a.format.name] for a in found) / whole
+        time = total(costs, borders, {a.region.name: a.format for a in found}) / whole
         spent = sum(a.noise.get(a.format.name, 0.0) for a in found)
         counts = ", ".join(f"{n} {name}" for name, n in PrecisionPlan(plan.base, found).count().items())
         shown = f"{-10 * log10(spent):.1f} dB" if spent > 0 else f"{plan.base.name} only"
@@ -102,7 +105,7 @@ def _line(region: dict[str, Any]) -> str:
     return f"{region['format']:5} {region['kind']:14} {region['source'] or region['name']}: {region['reason']}"
 
 
-def _paragraph(region: dict[str, Any]) -> str:
+def _paragraph(region: dict[str, Any], conversions: Sequence[Mapping[str, Any]]) -> str:
     modules = ", ".join(region.get("torch") or ([region["source"]] if region["source"] else ["not recorded"]))
     lines = [f"{region['name']} ({region['kind']}) computes in {region['format']}", f"  PyTorch: {modules}"]
     lines.append(f"  nodes: {', '.join(region['nodes'])}")
@@ -112,6 +115,11 @@ def _paragraph(region: dict[str, Any]) -> str:
     for name, noise in region["noise"].items():
         shown = f"{-10 * log10(noise):.1f} dB" if noise > 0 else "exact"
         lines.append(f"  {name} alone: SQNR {shown} at the outputs")
+    for c in conversions:
+        if region["name"] == c["producer"]:
+            lines.append(
+                f"  its output {c['value']} is converted to {c['format']} by a kernel of its own, {c['estimated_us']} us estimated"
+            )
     for target, seen in region["realised"].items():
         lines.append(f"  {target}: {seen['types'] or 'not visible in the listing'} ({seen['verdict']})")
     return "\n".join(lines)

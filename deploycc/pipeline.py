@@ -21,7 +21,7 @@ from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, versions, write_manifest
 from deploycc.quant.clipping import AUTO
-from deploycc.quant.cost import estimate_all
+from deploycc.quant.cost import boundaries, estimate_all
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
 from deploycc.quant.islands import islands_of
 from deploycc.quant.paper import analyse_simulation
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 GUARD_ROUNDS = 4
 VERIFY_SAMPLES = 128
 SUSPICIOUS_DB = 15.0
+SLOWER = 1.02  # times the estimated latency of the base format: from here on a warning says so
 
 
 def build(request: BuildRequest, watch: Watcher | None = None) -> tuple[BuildReport, Path]:
@@ -140,6 +141,7 @@ def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefa
     regions = tuple(a.region for a in plan.assignments)
     analysis = Analysis(regions, plan.base, job.formats, job.targets[0], job.batch, canonical.digest, settled=plan)
     analysis.costs = estimate_all(regions, job.targets[0], batch=job.batch)
+    analysis.boundaries = boundaries(regions, job.targets[0], batch=job.batch)
     _report_analysis(job, analysis)
     return reparameterize(job, canonical, plan.rescales), analysis
 
@@ -302,6 +304,12 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
         "compatibility": request.compatibility,
     }
     report.plan = analysis.summary(plan)
+    if report.plan["estimated_latency_ratio"] > SLOWER and plan.base.name != request.precision:
+        job.warn(
+            f"the estimate for {job.targets[0]} is {report.plan['estimated_latency_ratio']:.2f} times the latency of {plan.base}: "
+            + ("behind every convolution in 8 bits TensorRT-RTX runs a kernel of its own; " if analysis.is_apart(plan) else "")
+            + f"if size does not matter, use --precision {plan.base}"
+        )
     report.engines = [_engine_row(e, folder) for e in engines]
     report.regions = audit.region_rows(plan, findings, identities(plan, lowered.model))
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

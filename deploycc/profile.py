@@ -15,15 +15,15 @@ from deploycc.core.plan import PrecisionPlan
 from deploycc.core.shapes import parse_shape
 from deploycc.core.target import Target, parse_target
 from deploycc.output import digest_file, is_build
-from deploycc.quant.cost import estimate, machine_of
+from deploycc.quant.cost import boundaries, estimate_all, machine_of
 from deploycc.recorded import read_json
 
-OTHER = "(no region)"
+OTHER, CONVERSION = "(no region)", "conversion"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The time of one region, or of everything that belongs to none.
+    """The time of one region, of one conversion between two, or of everything that belongs to none.
 
     ``noise`` is the noise-to-signal ratio that the region's format adds at the outputs, where it was scored; ``evidence`` the mean
     sensitivity of the region, such as its relevance, where the method has one; ``layers`` the engine's layers that compute it
@@ -88,14 +88,19 @@ def estimated(directory: Path, *, target: str = "") -> Profile:
         raise UsageError("an engine alone cannot be estimated", at=str(directory), fix="name a build directory, or run on a GPU")
     report = _report(directory)
     plan = PrecisionPlan.from_json((directory / "plan.json").read_text())
-    machine = machine_of(_target(report, target))
+    where = _target(report, target)
+    machine = machine_of(where)
     batch = parse_shape(report["model"]["profiles"][0])[1]
     usual = (batch * 3)[:3][1][0] if report["model"]["profiles"] else 1
-    rows = []
+    regions = [a.region for a in plan.assignments]
+    costs = estimate_all(regions, where, batch=usual)
+    rows, computed_in = [], {a.region.name: plan.base if a.format.is_simulated else a.format for a in plan.assignments}
     for a in plan.assignments:
-        computes_in = plan.base if a.format.is_simulated else a.format
-        time = estimate(a.region, computes_in, machine, batch=usual)
+        time = costs[a.region.name][computed_in[a.region.name].name]
         rows.append(Row(a.region.name, a.region.source, a.region.kind, a.format.name, a.noise.get(a.format.name), time))
+    for boundary in boundaries(regions, where, batch=usual):
+        for format in boundary.conversions(computed_in):
+            rows.append(Row(boundary.value, "", CONVERSION, format, None, boundary.microseconds))
     basis = f"ESTIMATE, not a measurement: roofline of one {machine.name}, batch {usual}"
     return Profile(False, basis, _sorted(_with_evidence(directory, rows)))
 

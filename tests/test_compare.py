@@ -55,7 +55,7 @@ def test_what_differs_between_two_files(saved: tuple[Path, Path, Path]) -> None:
     parallel = next(r.name for r in partition(residual()) if r.activations == ("x",) and r.name != first)
     assert layers[parallel]["sqnr_db"] == 200  # It reads the input, and nothing of it is quantized.
     assert found.b.model_bytes < found.a.model_bytes
-    assert found.b.latency_us <= found.a.latency_us
+    assert found.b.latency_us > found.a.latency_us  # TensorRT-RTX runs a kernel of its own behind a convolution in INT8.
     assert found.accuracy["metric"] == "top-1"
     assert found.accuracy["samples"] == 6
 

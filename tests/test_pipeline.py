@@ -113,7 +113,10 @@ class TestEveryPrecision:
         assert bool(report["scores"]) == (precision == "mixed")
         assert set(report["seconds"]) >= {"load", "canonicalize", "quantize", "verify", f"build {target}"}
         assert report["peak_rss_mb"] > 50
-        assert report["warnings"] == report["failures"] == []
+        slower = [w for w in report["warnings"] if "times the latency of fp16: behind every convolution in 8 bits" in w]
+        assert len(slower) == (needs_data and target.startswith("tensorrt-rtx")) == (report["plan"]["estimated_latency_ratio"] > 1.02)
+        assert report["warnings"] == slower
+        assert report["failures"] == []
         assert len(report["guard"]) == 1
 
     def test_the_numbers_are_close(self, case: Case, precision: str, target: str) -> None:
@@ -214,10 +217,11 @@ def test_same_inputs_same_bytes(case: Case) -> None:
 
 
 class TestBudgets:
-    def test_the_guard_tightens_until_the_bound_holds(self, case: Case) -> None:
+    def test_the_guard_tightens_until_the_bound_holds(self, tmp_path: Path) -> None:
         """Noise of single regions adds up only roughly, so the first plan may miss what the sum promised."""
-        bound = 45
-        report = case.report("mixed", ADA, budget=f"sqnr>={bound}dB", rounding="nearest")
+        bound = 46
+        options = {"budget": f"sqnr>={bound}dB", "rounding": "nearest", "rescale": "off"}
+        report = read(build(BuildRequest(FASHION / "vit.onnx", "mixed", targets=(ADA,), out=tmp_path / "vit", **options))[1])
         rounds = report["guard"]
         assert 2 <= len(rounds) <= GUARD_ROUNDS
         assert [r["round"] for r in rounds] == list(range(1, len(rounds) + 1))

@@ -19,14 +19,28 @@ SCHEMA = "deploycc.plan/1"
 
 
 @dataclass(frozen=True, slots=True)
+class Crossing:
+    """What a region quantizes and the region ``producer`` computes, with at most moves of elements between the two.
+
+    ``value`` is as the producer writes it, ``elements`` are counted per sample, and ``shared`` says that something else reads it which
+    takes no codes.
+    """
+
+    value: str
+    producer: str
+    elements: int
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """Nodes that TensorRT fuses into one kernel, and that therefore share one decision.
 
     ``anchors`` are the weighted nodes (Conv, Gemm, MatMul) whose operands are quantized; ``nodes`` are all members, anchors
     included. ``activations`` are the values quantized when the region is; ``weights`` the constant operands.
     ``residuals`` are skip values that rule P4 quantizes along with the region. ``formats`` are the quantized formats that
-    the placement rules allow here, and ``rules`` the ids of those that decided it. ``macs`` and ``activation_elements`` are
-    per sample.
+    the placement rules allow here, and ``rules`` the ids of those that decided it. ``macs``, ``activation_elements`` (read and
+    written) and ``output_elements`` are per sample. ``crossings`` are those of its quantized values that come straight from other regions.
     """
 
     name: str
@@ -41,7 +55,9 @@ class Region:
     parameters: int = 0
     macs: int = 0
     activation_elements: int = 0
+    output_elements: int = 0
     source: str = ""
+    crossings: tuple[Crossing, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +177,7 @@ def _assignment_json(assignment: Assignment) -> dict[str, Any]:
 
 def _assignment(entry: dict[str, Any], at: str) -> Assignment:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in Region.__dataclass_fields__}
+    values["crossings"] = tuple(Crossing(**crossing) for crossing in values.get("crossings", ()))
     region = Region(**values)
     return Assignment(region, _format(entry["format"], at), entry["reason"], tuple(entry["decided_by"]), entry["noise"])
 

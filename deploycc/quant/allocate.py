@@ -1,11 +1,13 @@
 """Choose one format per region: an exact integer program, solved by HiGHS.
 
 Without a bound on the error: least noise, subject to bits, size and estimated latency. With one: least latency, subject to the
-noise bound as well. Noise of single regions is taken to add up, which verification checks afterwards.
+noise bound as well. Noise of single regions is taken to add up, which verification checks afterwards. Latency counts the conversions
+between regions (``deploycc.quant.cost``), so neighbours in one format are worth more than the sum of both.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import le
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_matrix
+from scipy.sparse import csr_matrix
 
 from deploycc.core.budget import Budget
 from deploycc.core.errors import BudgetError
@@ -21,6 +23,7 @@ from deploycc.core.plan import Assignment, Region
 
 if TYPE_CHECKING:
     from deploycc.core.formats import Format
+    from deploycc.quant.cost import Boundary
 
 DEFAULT_BITS = 10.0
 DEFAULT_LATENCY_SLACK = 1.15
@@ -39,6 +42,19 @@ class Choice:
     latency: float
     bits: float
     bops: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    regions: Sequence[Region]
+    choices: Sequence[Choice]
+    base: Format
+    boundaries: Sequence[Boundary] = ()
+
+    def cost(self, picked: Sequence[Choice]) -> float:
+        """Return the estimated microseconds of one choice per region, with all conversions."""
+        formats = {self.regions[c.region].name: c.format for c in picked}
+        return sum(c.latency for c in picked) + sum(b.cost(formats) for b in self.boundaries)
 
 
 def uniform(regions: Sequence[Region], format: Format, base: Format, noise: Costs) -> tuple[Assignment, ...]:
@@ -66,6 +82,7 @@ def allocate(
     budget: Budget,
     noise_bound: float | None,
     forced: Mapping[str, Format] | None = None,
+    boundaries: Sequence[Boundary] = (),
 ) -> tuple[Assignment, ...]:
     """Return the optimal assignment.
 
@@ -78,26 +95,34 @@ def allocate(
         budget: bounds on bits, size and latency.
         noise_bound: the largest sum of noise; None to minimise noise instead.
         forced: regions whose format is decided already.
+        boundaries: where a conversion is needed if the formats on both sides differ.
 
     Raises:
         BudgetError: when no assignment meets the bounds, saying what the best possible value is.
     """
     if not regions:
         return ()
-    choices = _choices(regions, formats, base, noise, latency, forced or {})
-    bounds = _bounds(choices, regions, base, latency, budget, noise_bound)
-    picked = _solve(choices, len(regions), bounds, minimise="latency" if noise_bound is not None else "noise")
+    problem = _Problem(regions, _choices(regions, formats, base, noise, latency, forced or {}), base, boundaries)
+    bounds = _bounds(problem, latency, budget, noise_bound)
+    picked = _solve(problem, bounds, minimise="latency" if noise_bound is not None else "noise")
     if picked is None:
         raise BudgetError(
-            _infeasible(choices, bounds, base, budget),
+            _infeasible(problem, bounds, budget),
             at=f"--budget {budget}",
             fix="relax that bound, or allow more formats by another --target",
         )
-    return tuple(_explained(choices, choice, regions, noise, base, limited=noise_bound is not None) for choice in picked)
+    return tuple(_explained(problem, picked, i, noise, limited=noise_bound is not None) for i in range(len(regions)))
 
 
 def pareto_front(
-    regions: Sequence[Region], formats: Sequence[Format], base: Format, *, noise: Costs, latency: Costs, points: int = 12
+    regions: Sequence[Region],
+    formats: Sequence[Format],
+    base: Format,
+    *,
+    noise: Costs,
+    latency: Costs,
+    boundaries: Sequence[Boundary] = (),
+    points: int = 12,
 ) -> list[tuple[Assignment, ...]]:
     """Return assignments from the fastest to the least noisy, none of which another beats in both; at most ``points``.
 
@@ -106,12 +131,12 @@ def pareto_front(
     if not regions:
         return []
     all_base = sum(latency[r.name][base.name] for r in regions)
-    fastest = sum(min(latency[r.name][f.name] for f in (base, *formats) if f == base or f.name in r.formats) for r in regions)
+    fastest = _least(_Problem(regions, _choices(regions, formats, base, noise, latency, {}), base, boundaries), "latency")
     front: list[tuple[Assignment, ...]] = []
     least = np.inf
     for bound in np.linspace(fastest, max(all_base, fastest), points):
         budget = Budget(bits=float(max(f.bits for f in (base, *formats))), latency=float(bound) / all_base)
-        found = allocate(regions, formats, base, noise=noise, latency=latency, budget=budget, noise_bound=None)
+        found = allocate(regions, formats, base, noise=noise, latency=latency, budget=budget, noise_bound=None, boundaries=boundaries)
         total = sum(noise[a.region.name].get(a.format.name, 0.0) for a in found)
         if total < least:
             front.append(found)
@@ -146,20 +171,17 @@ def bit_operations(region: Region, format: Format, base: Format) -> float:
     return float(region.macs * format.bits * (base if format.activations == "none" else format).bits)
 
 
-def _bounds(
-    choices: Sequence[Choice], regions: Sequence[Region], base: Format, latency: Costs, budget: Budget, noise_bound: float | None
-) -> dict[str, float]:
+def _bounds(problem: _Problem, latency: Costs, budget: Budget, noise_bound: float | None) -> dict[str, float]:
+    regions, base = problem.regions, problem.base
     parameters = sum(r.parameters for r in regions)
     all_base = sum(latency[r.name][base.name] for r in regions)
-    fastest = sum(min(c.latency for c in choices if c.region == i) for i in range(len(regions)))
-    smallest = sum(min(c.bits for c in choices if c.region == i) for i in range(len(regions)))
     bounds = {}
     # Without any bound the default trades bits for noise; who names one bound means that one.
     is_free = budget.bounds_error or any(bound is not None for bound in (budget.size, budget.bops, budget.latency))
     bits = budget.bits if budget.bits is not None else (None if is_free else DEFAULT_BITS)
     if bits is not None:
         allowed = bits * parameters
-        bounds["bits"] = allowed if budget.bits is not None else max(allowed, smallest)
+        bounds["bits"] = allowed if budget.bits is not None else max(allowed, _least(problem, "bits"))
     if budget.size is not None:
         bounds["bits"] = min(bounds.get("bits", np.inf), budget.size * parameters * base.bits)
     if budget.bops is not None:
@@ -167,44 +189,109 @@ def _bounds(
     if budget.latency is not None:
         bounds["latency"] = budget.latency * all_base
     elif noise_bound is None:
-        bounds["latency"] = DEFAULT_LATENCY_SLACK * fastest
+        # Not slower than the base, if the other bounds allow that; where they allow no plan at all, they are to blame.
+        wanted = min(DEFAULT_LATENCY_SLACK * _least(problem, "latency"), all_base)
+        quickest = _solve(problem, bounds, minimise="latency")
+        possible = problem.cost(quickest) if quickest else 0.0
+        bounds["latency"] = wanted if possible <= wanted * (1 + _ROUNDING) else DEFAULT_LATENCY_SLACK * possible
     if noise_bound is not None:
         bounds["noise"] = noise_bound
     return bounds
 
 
-def _solve(choices: Sequence[Choice], count: int, bounds: Mapping[str, float], *, minimise: str) -> list[Choice] | None:
+def _least(problem: _Problem, name: str) -> float:
+    """Return the least possible sum of one quantity."""
+    if name == "latency" and problem.boundaries:
+        return problem.cost(_solve(problem, {}, minimise=name) or ())
+    least: dict[int, float] = {}
+    for choice in problem.choices:
+        least[choice.region] = min(getattr(choice, name), least.get(choice.region, np.inf))
+    return sum(least.values())
+
+
+def _solve(problem: _Problem, bounds: Mapping[str, float], *, minimise: str) -> list[Choice] | None:
     """Minimise one quantity (the other breaks ties) with one choice per region; None when the bounds cannot be met."""
-    usable = _undominated(choices, bounds, minimise)
+    usable, count = _undominated(problem, bounds, minimise), len(problem.regions)
     if len({c.region for c in usable}) < count:
         return None
-    columns = {name: np.array([getattr(c, name) for c in usable]) for name in ("noise", "latency", "bits", "bops")}
+    costs, conditions = _conversions(problem, usable)
+    nothing = [0.0] * len(costs)
+    columns = {
+        name: np.array([*(getattr(c, name) for c in usable), *(costs if name == "latency" else nothing)])
+        for name in ("noise", "latency", "bits", "bops")
+    }
     relative = {name: column / max(float(column.sum()), 1e-300) for name, column in columns.items()}
     # HiGHS stops within 1e-6 of the optimum whatever the units: in these units that is one part in 1e12.
     objective = 1e6 * relative[minimise] + 1e-3 * relative["latency" if minimise == "noise" else "noise"]
-    rows = coo_matrix((np.ones(len(usable)), ([c.region for c in usable], range(len(usable)))), shape=(count, len(usable)))
+    once = csr_matrix((np.ones(len(usable)), ([c.region for c in usable], range(len(usable)))), shape=(count, len(objective)))
     limits = [LinearConstraint(columns[name][None] / bound, -np.inf, 1 + _ROUNDING) for name, bound in bounds.items() if bound > 0]
-    constraints = [LinearConstraint(rows.tocsr(), 1, 1), *limits]
-    result = milp(objective, constraints=constraints, integrality=np.ones(len(usable)), bounds=Bounds(0, 1), options={"mip_rel_gap": _GAP})
-    return None if result.x is None else [c for c, x in zip(usable, result.x, strict=True) if x > 0.5]
+    constraints = [LinearConstraint(once, 1, 1), *limits, *([LinearConstraint(conditions, -np.inf, 0)] if costs else [])]
+    whole = np.ones(len(objective))
+    result = milp(objective, constraints=constraints, integrality=whole, bounds=Bounds(0, 1), options={"mip_rel_gap": _GAP})
+    return None if result.x is None else [c for c, x in zip(usable, result.x[: len(usable)], strict=True) if x > 0.5]
 
 
-def _undominated(choices: Sequence[Choice], bounds: Mapping[str, float], minimise: str) -> list[Choice]:
+def _conversions(problem: _Problem, choices: Sequence[Choice]) -> tuple[list[float], csr_matrix]:
+    """Return the microseconds of every conversion that may be needed, and rows at most 0 that tell when it is.
+
+    Their columns are those of ``choices``, then those of the conversions. For a value and a format,
+    ``needed >= reads(r) - agreed`` for each reader r, ``agreed <= reads(r)`` and ``agreed <= writes(producer)``; where something reads
+    floating point in any case, nothing is agreed. A producer with a kernel of its own behind it needs none, whatever its format.
+    """
+    column = {(c.region, c.format.name): i for i, c in enumerate(choices)}
+    index = {region.name: i for i, region in enumerate(problem.regions)}
+    formats = dict.fromkeys(c.format.name for c in choices if c.format.reach is not None)
+    costs: list[float] = []
+    rows: list[dict[int, float]] = []
+    for boundary, format in itertools.product(problem.boundaries, formats):
+        producer, *readers = (column.get((index[name], format)) for name in boundary.regions)
+        reading = [r for r in readers if r is not None]
+        if not reading:
+            continue
+        needed = len(choices) + len(costs)
+        costs.append(boundary.microseconds)
+        if boundary.is_apart:
+            converting = {j: -1.0 for f in formats if (j := column.get((index[boundary.producer], f))) is not None}
+            rows.extend({r: 1.0, **converting, needed: -1.0} for r in reading)
+        elif boundary.shared or producer is None or len(reading) < len(readers):
+            rows.extend({r: 1.0, needed: -1.0} for r in reading)
+        elif len(reading) == 1:
+            rows.append({reading[0]: 1.0, producer: -1.0, needed: -1.0})
+        else:
+            agreed = len(choices) + len(costs)
+            costs.append(0.0)
+            rows.extend({r: 1.0, agreed: -1.0, needed: -1.0} for r in reading)
+            rows.extend({agreed: 1.0, r: -1.0} for r in (producer, *reading))
+    entries = [(value, i, j) for i, row in enumerate(rows) for j, value in row.items()]
+    values, where = [value for value, *_ in entries], np.array([place for _, *place in entries], dtype=int).reshape(-1, 2)
+    return costs, csr_matrix((values, (where[:, 0], where[:, 1])), shape=(len(rows), len(choices) + len(costs)))
+
+
+def _undominated(problem: _Problem, bounds: Mapping[str, float], minimise: str) -> list[Choice]:
     """Return the choices that an optimum may hold: none breaks a bound by itself, none is worse than another in all that counts."""
     names = (minimise, *(name for name in bounds if name != minimise), "latency" if minimise == "noise" else "noise")
-    within = [c for c in choices if all(getattr(c, name) <= bound * (1 + _ROUNDING) for name, bound in bounds.items())]
-    kept: dict[int, list[tuple[tuple[float, ...], Choice]]] = {}
+    within = [c for c in problem.choices if all(getattr(c, name) <= bound * (1 + _ROUNDING) for name, bound in bounds.items())]
+    # Another format for one region changes what is converted at its boundaries, by this much at most.
+    at_stake: dict[str, float] = {}
+    kinds = len({c.format for c in problem.choices if c.format.reach is not None})
+    for boundary in problem.boundaries:
+        for name in boundary.regions:
+            at_stake[name] = at_stake.get(name, 0.0) + min(kinds, len(boundary.readers)) * boundary.microseconds
+    kept: dict[int, list[tuple[tuple[float, ...], tuple[float, ...], Choice]]] = {}
     for choice in within:
+        stake = at_stake.get(problem.regions[choice.region].name, 0.0)
         figures = tuple(getattr(choice, name) for name in names)
+        at_worst = tuple(figure + (stake if name == "latency" else 0.0) for name, figure in zip(names, figures, strict=True))
         others = kept.setdefault(choice.region, [])
-        if not any(all(map(le, other, figures)) for other, _ in others):
-            others[:] = [(other, c) for other, c in others if not all(map(le, figures, other))] + [(figures, choice)]
-    return [c for found in kept.values() for _, c in found]
+        if not any(all(map(le, worst, figures)) for _, worst, _ in others):
+            others[:] = [o for o in others if not all(map(le, at_worst, o[0]))] + [(figures, at_worst, choice)]
+    return [c for found in kept.values() for *_, c in found]
 
 
-def _infeasible(choices: Sequence[Choice], bounds: Mapping[str, float], base: Format, budget: Budget) -> str:
+def _infeasible(problem: _Problem, bounds: Mapping[str, float], budget: Budget) -> str:
     """Return which bound no plan meets, in the units in which the budget is written."""
-    whole = {name: sum(getattr(c, name) for c in choices if c.format == base) or 1.0 for name in ("bits", "bops", "latency")}
+    base = problem.base
+    whole = {name: sum(getattr(c, name) for c in problem.choices if c.format == base) or 1.0 for name in ("bits", "bops", "latency")}
     by_size = budget.size is not None and (budget.bits is None or budget.size * base.bits < budget.bits)
     units = {
         "bits": (whole["bits"], f"x the size of {base.name}") if by_size else (whole["bits"] / base.bits, " bits per weight"),
@@ -212,33 +299,37 @@ def _infeasible(choices: Sequence[Choice], bounds: Mapping[str, float], base: Fo
         "latency": (whole["latency"], f"x the estimated latency of {base.name}"),
         "noise": (1.0, " of noise to signal"),
     }
-    regions = {c.region for c in choices}
     for name, bound in bounds.items():
-        best = sum(min(getattr(c, name) for c in choices if c.region == r) for r in regions)
+        best = _least(problem, name)
         if best > bound * (1 + _ROUNDING):
             unit, text = units[name]
             return f"no plan reaches {bound / unit:.4g}{text}; the least possible is {best / unit:.4g}"
     return "no plan meets all bounds at once, though each can be met alone"
 
 
-def _explained(
-    choices: Sequence[Choice], choice: Choice, regions: Sequence[Region], noise: Costs, base: Format, *, limited: bool
-) -> Assignment:
-    region = regions[choice.region]
+def _explained(problem: _Problem, picked: Sequence[Choice], index: int, noise: Costs, *, limited: bool) -> Assignment:
+    region, choice, base = problem.regions[index], picked[index], problem.base
     figures = noise.get(region.name, {})
-    alternatives = [c for c in choices if c.region == choice.region and c is not choice]
+    alternatives = [c for c in problem.choices if c.region == index and c is not choice]
     if not alternatives:
         why = f"only {base.name} is allowed here by {', '.join(region.rules) or 'the target'}"
         return Assignment(region, choice.format, why, region.rules, figures)
-    base_choice = next(c for c in choices if c.region == choice.region and c.format == base)
+    base_choice = next(c for c in problem.choices if c.region == index and c.format == base)
     if choice.format == base:
         least = min(c.noise for c in alternatives)
         why = f"kept in {base.name}: quantizing would add {_db(least)} of noise, more than it saves is worth under the budget"
     else:
-        gain = base_choice.latency - choice.latency
+        gain = _cost_around(problem, picked, base_choice) - _cost_around(problem, picked, choice)
         size = int(base_choice.bits - choice.bits) // 8
         why = f"{choice.format.name}: saves an estimated {gain:.2f} us and {size} bytes for {_db(choice.noise)} of noise"
     return Assignment(region, choice.format, why + (" (least time within the error bound)" if limited else ""), ("X3",), figures)
+
+
+def _cost_around(problem: _Problem, picked: Sequence[Choice], choice: Choice) -> float:
+    """Return the microseconds of ``choice`` and of the conversions at its region's boundaries, the other regions being as picked."""
+    name = problem.regions[choice.region].name
+    formats = {r.name: (choice if i == choice.region else picked[i]).format for i, r in enumerate(problem.regions)}
+    return choice.latency + sum(b.cost(formats) for b in problem.boundaries if name in b.regions)
 
 
 def _db(noise: float) -> str:

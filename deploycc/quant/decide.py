@@ -16,7 +16,7 @@ from deploycc.core.rescaling import Rescale
 from deploycc.quant.allocate import allocate, bit_operations, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.clipping import CANDIDATES, DEFAULT, Clipping, clip_limit
-from deploycc.quant.cost import estimate_all, machine_of
+from deploycc.quant.cost import Boundary, boundaries, estimate_all, is_apart, machine_of, total
 from deploycc.quant.islands import decision_islands, sampling_islands
 from deploycc.quant.methods import AUTO, Question, method_named
 from deploycc.quant.overrides import Override, islands_of_overrides, settle
@@ -57,6 +57,7 @@ class Analysis:
     scores: Scores | None = None
     scales: dict[str, dict[str, float]] = field(default_factory=dict)
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    boundaries: tuple[Boundary, ...] = ()
     islands: dict[str, str] = field(default_factory=dict)
     sensitivity: str = "sqnr"
     rescales: Mapping[str, Rescale] = field(default_factory=dict)
@@ -73,7 +74,8 @@ class Analysis:
 
     def summary(self, plan: PrecisionPlan) -> dict[str, Any]:
         """Return the plan's figures for the report."""
-        latency = sum(self.costs[a.region.name][(plan.base if a.format.is_simulated else a.format).name] for a in plan.assignments)
+        computed_in = {a.region.name: plan.base if a.format.is_simulated else a.format for a in plan.assignments}
+        latency = total(self.costs, self.boundaries, computed_in)
         base = sum(self.costs[a.region.name][plan.base.name] for a in plan.assignments)
         parameters = sum(a.region.parameters for a in plan.assignments)
         operations = sum(bit_operations(a.region, a.format, plan.base) for a in plan.assignments)
@@ -87,11 +89,20 @@ class Analysis:
             "bit_operations_ratio": round(operations / whole, 4) if whole else 1.0,
             "estimated_latency_us": round(latency, 2),
             "estimated_latency_ratio": round(latency / base, 4) if base else 1.0,
+            "conversions": [
+                {"value": b.value, "producer": b.producer, "format": format, "estimated_us": round(b.microseconds, 2)}
+                for b in self.boundaries
+                for format in b.conversions(computed_in)
+            ],
             "estimated_on": f"{machine_of(self.target).name}, batch {self.batch} (roofline estimate, not a measurement)",
             "batch": self.batch,
             "expected_noise": sum(a.noise.get(a.format.name, 0.0) for a in plan.assignments),
             "fp32_islands": len(plan.islands),
         }
+
+    def is_apart(self, plan: PrecisionPlan) -> bool:
+        """Return whether a kernel of its own stands behind a region as ``plan`` computes it."""
+        return any(is_apart(a.region, a.format, self.target) for a in plan.assignments)
 
     def scores_json(self) -> str:
         """Return the scores file: same analysis, same bytes."""
@@ -163,6 +174,7 @@ def analyse(
         sensitivity=sensitivity, rescales=rescales or {}, forced=forced,
     )  # fmt: skip
     analysis.costs = estimate_all(analysis.regions, target, batch=batch)
+    analysis.boundaries = boundaries(analysis.regions, target, batch=batch)
     analysis.islands = decision_islands(model, analysis.regions) | sampling_islands(model, base)
     analysis.islands |= islands_of_overrides(regions, forced, base=base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
@@ -276,6 +288,7 @@ def decide(analysis: Analysis, *, precision: str, budget: Budget, noise_bound: f
             analysis.base,
             noise=analysis.noise,
             latency=analysis.costs,
+            boundaries=analysis.boundaries,
             budget=budget,
             noise_bound=noise_bound,
             forced={name: override.format for name, override in analysis.forced.items()},

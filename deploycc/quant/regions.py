@@ -16,7 +16,7 @@ from deploycc.core.dcnv3 import PLAIN, X, is_dcnv3
 from deploycc.core.dimensions import dimensions
 from deploycc.core.graph import constant, is_constant, sole_consumer
 from deploycc.core.identity import scope_of
-from deploycc.core.plan import Region
+from deploycc.core.plan import Crossing, Region
 from deploycc.quant.eligibility import attention_formats, conv_formats, linear_formats
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ ACTIVATIONS = frozenset(
 _TRANSPARENT = frozenset(
     {"Mul", "Div", "Add", "Sub", "Reshape", "Cast", "Where", "Identity", "Transpose", "Unsqueeze", "Squeeze", "Dropout"}
 )
+# What only moves elements: a value has its scale, and its codes, on both sides.
+_MOVES = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity", "MaxPool"})
+
+_PER_SAMPLE = ("macs", "activation_elements", "output_elements")
 
 
 def partition(model: ir.Model, *, samples_codes: bool = False) -> tuple[Region, ...]:
@@ -59,7 +63,8 @@ def partition(model: ir.Model, *, samples_codes: bool = False) -> tuple[Region, 
         regions.append((order[group[0]], _weighted_region(group, members, residuals, transformer=transformer)))
     ordered = [region for _, region in sorted(regions, key=lambda pair: pair[0])]
     batch = _static_batch(model.graph)
-    return tuple(replace(r, macs=r.macs // batch, activation_elements=r.activation_elements // batch) for r in ordered)
+    counted = [replace(r, **{name: getattr(r, name) // batch for name in _PER_SAMPLE}) for r in ordered]
+    return _bordering(model.graph, counted, batch)
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:
@@ -67,6 +72,42 @@ def weight_of(node: ir.Node) -> ir.Value | None:
     if node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"} and len(node.inputs) > 1 and is_constant(node.inputs[1]):
         return node.inputs[1]
     return None
+
+
+def _bordering(graph: ir.Graph, regions: list[Region], batch: int) -> tuple[Region, ...]:
+    """Return ``regions`` with their crossings."""
+    home = {node: r for r in regions for node in r.nodes}
+    values = {v.name: v for n in graph for v in n.outputs}
+    reading = {(r.name, v) for r in regions for v in (*r.activations, *r.residuals)}
+
+    def crossing(region: Region, name: str) -> Crossing | None:
+        value = values.get(name)
+        while value is not None and (node := value.producer()) is not None and node.name not in home and node.op_type in _MOVES:
+            value = node.inputs[0]
+        producer = home.get(node.name or "") if value is not None and (node := value.producer()) is not None else None
+        if value is None or producer is None or producer is region:
+            return None
+        return Crossing(value.name or "", producer.name, _elements(value) // batch, _is_read_in_full(value, home, reading))
+
+    def crossings(region: Region) -> tuple[Crossing, ...]:
+        names = dict.fromkeys((*region.activations, *region.residuals))
+        return tuple(dict.fromkeys(found for name in names if (found := crossing(region, name)) is not None))
+
+    return tuple(replace(r, crossings=crossings(r)) for r in regions)
+
+
+def _is_read_in_full(value: ir.Value, home: dict[str, Region], reading: set[tuple[str, str]]) -> bool:
+    """Return whether something reads ``value``, or what only moves its elements, and is no region that would quantize it."""
+    if value.is_graph_output():
+        return True
+    for node in {use.node for use in value.uses()}:
+        region = home.get(node.name or "")
+        if region is None and node.op_type in _MOVES:
+            if any(_is_read_in_full(v, home, reading) for v in node.outputs):
+                return True
+        elif region is None or (region.name, value.name or "") not in reading:
+            return True
+    return False
 
 
 def _is_anchor(node: ir.Node) -> bool:
@@ -205,6 +246,7 @@ def _weighted_region(group: list[ir.Node], members: list[ir.Node], residuals: li
     first = group[0]
     weights = [w for n in group if (w := weight_of(n)) is not None]
     kind = {"Conv": "conv", "ConvTranspose": "conv_transpose"}.get(first.op_type, "linear")
+    written = sum(_elements(n.outputs[0]) for n in group)
     region = Region(
         name=first.name or "",
         kind=kind,
@@ -215,7 +257,8 @@ def _weighted_region(group: list[ir.Node], members: list[ir.Node], residuals: li
         residuals=tuple(residuals),
         parameters=sum(int(np.prod(w.shape.numpy())) for w in weights if w.shape is not None),
         macs=sum(_macs(n) for n in group),
-        activation_elements=_elements(first.inputs[0]) + sum(_elements(n.outputs[0]) for n in group),
+        activation_elements=_elements(first.inputs[0]) + written,
+        output_elements=written,
         source=scope_of(first),
     )
     formats, rules = conv_formats(first) if kind != "linear" else linear_formats(group, transformer=transformer)
@@ -236,6 +279,7 @@ def _attention_region(anchors: list[ir.Node], nodes: list[ir.Node]) -> Region:
         rules=rules,
         macs=sum(_macs(n) for n in anchors),
         activation_elements=sum(_elements(v) for v in (*operands, second.outputs[0])),
+        output_elements=_elements(second.outputs[0]),
         source=scope_of(first),
     )
 

@@ -9,7 +9,7 @@ import pytest
 
 from deploycc.core.errors import UsageError
 from deploycc.core.formats import FORMATS, FP16, FP32, INT8
-from deploycc.core.plan import Assignment, PrecisionPlan, Region
+from deploycc.core.plan import Assignment, Crossing, PrecisionPlan, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 CONV = Region(
     "stem", "conv", ("conv1",), ("conv1", "relu1"), ("x",), ("w1",), formats=("int8", "fp8"), rules=("P1",), parameters=300, macs=9
 )
-HEAD = Region("head", "gemm", ("fc",), ("fc",), ("features",), ("w2",), parameters=100, residuals=("skip",), source="model.head")
+HEAD = Region(
+    "head",
+    "gemm",
+    ("fc",),
+    ("fc",),
+    ("features",),
+    ("w2",),
+    parameters=100,
+    residuals=("skip",),
+    source="model.head",
+    crossings=(Crossing("features", "conv", 640, shared=True),),
+)
 PLAN = PrecisionPlan(
     base=FP16,
     assignments=(

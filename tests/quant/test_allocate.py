@@ -17,6 +17,7 @@ from deploycc.core.errors import BudgetError
 from deploycc.core.formats import FP8, FP16, INT8, Format
 from deploycc.core.plan import Assignment, Region
 from deploycc.quant.allocate import DEFAULT_BITS, DEFAULT_LATENCY_SLACK, allocate, pareto_front, uniform
+from deploycc.quant.cost import Boundary
 
 law = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 FORMATS = (INT8, FP8)
@@ -31,15 +32,38 @@ class Problem:
     noise: Table
     latency: Table
     formats: tuple[Format, ...] = FORMATS
+    boundaries: tuple[Boundary, ...] = ()
 
     def solve(self, budget: Budget, noise_bound: float | None = None) -> tuple[Assignment, ...]:
-        return allocate(self.regions, self.formats, FP16, noise=self.noise, latency=self.latency, budget=budget, noise_bound=noise_bound)
+        return allocate(
+            self.regions,
+            self.formats,
+            FP16,
+            noise=self.noise,
+            latency=self.latency,
+            budget=budget,
+            noise_bound=noise_bound,
+            boundaries=self.boundaries,
+        )
+
+    def conversions(self, formats: dict[str, Format]) -> float:
+        """The documented meaning of a boundary, written out once more."""
+        spent = 0.0
+        for b in self.boundaries:
+            writes, reads = formats[b.producer], [formats[r] for r in b.readers]
+            codes = {f.name for f in reads if f != FP16}
+            if b.is_apart and writes != FP16:
+                continue
+            if not b.is_apart and not b.shared and all(f == writes for f in reads):
+                continue
+            spent += b.microseconds * len(codes)
+        return spent
 
     def figures(self, formats: tuple[Format, ...]) -> dict[str, float]:
         pairs = list(zip(self.regions, formats, strict=True))
         return {
             "noise": sum(self.noise[r.name].get(f.name, 0.0) for r, f in pairs),
-            "latency": sum(self.latency[r.name][f.name] for r, f in pairs),
+            "latency": sum(self.latency[r.name][f.name] for r, f in pairs) + self.conversions({r.name: f for r, f in pairs}),
             "bits": sum(r.parameters * f.bits for r, f in pairs),
             "bops": sum(r.macs * f.bits**2 for r, f in pairs),
         }
@@ -63,7 +87,11 @@ class Problem:
         if budget.latency is not None:
             bounds["latency"] = budget.latency * sum(self.latency[r.name]["fp16"] for r in self.regions)
         elif noise_bound is None:
-            bounds["latency"] = DEFAULT_LATENCY_SLACK * min(f["latency"] for f in found)
+            base = sum(self.latency[r.name]["fp16"] for r in self.regions)
+            wanted = min(DEFAULT_LATENCY_SLACK * min(f["latency"] for f in found), base)
+            # Where the other bounds leave only slower plans, the slack is that of the fastest of those.
+            within = [f["latency"] for f in found if all(f[k] <= b * (1 + 1e-9) for k, b in bounds.items())]
+            bounds["latency"] = wanted if min(within, default=0.0) <= wanted * (1 + 1e-9) else DEFAULT_LATENCY_SLACK * min(within)
         return bounds
 
     def optimum(self, budget: Budget, noise_bound: float | None) -> float | None:
@@ -87,7 +115,13 @@ def problems(draw: st.DrawFn) -> Problem:
         regions.append(region(f"r{i}", draw(st.integers(0, 5000)), formats))
         noise[f"r{i}"] = {f: draw(st.sampled_from([0.0, 1.0, 3.0])) * 10.0 ** draw(st.integers(-9, 0)) for f in formats}
         latency[f"r{i}"] = {f: draw(st.integers(1, 400)) / 10 for f in ("fp16", "int8", "fp8")}
-    return Problem(tuple(regions), noise, latency)
+    names = [r.name for r in regions]
+    boundaries = []
+    for i, producer in enumerate(names[:-1]):
+        if readers := draw(st.lists(st.sampled_from(names[i + 1 :]), max_size=2, unique=True)):
+            cost = draw(st.integers(1, 200)) / 10
+            boundaries.append(Boundary(f"v{i}", producer, tuple(readers), draw(st.booleans()), cost, draw(st.booleans())))
+    return Problem(tuple(regions), noise, latency, boundaries=tuple(boundaries))
 
 
 BUDGETS = st.one_of(
@@ -127,7 +161,9 @@ def test_equals_brute_force(problem: Problem, asked: tuple[Budget, float | None]
 @settings(law, max_examples=40)
 @given(problems())
 def test_nothing_beats_a_point_of_the_front(problem: Problem) -> None:
-    front = pareto_front(problem.regions, problem.formats, FP16, noise=problem.noise, latency=problem.latency)
+    front = pareto_front(
+        problem.regions, problem.formats, FP16, noise=problem.noise, latency=problem.latency, boundaries=problem.boundaries
+    )
     points = [problem.figures(tuple(a.format for a in found)) for found in front]
     assert points
     everything = problem.every()

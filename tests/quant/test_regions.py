@@ -215,6 +215,32 @@ def test_names_do_not_matter(make: object) -> None:
         assert (one.kind, one.formats, one.rules, one.macs) == (other.kind, other.formats, other.rules, other.macs)
 
 
+class TestCrossings:
+    def test_a_value_and_a_residual_come_from_regions(self) -> None:
+        model = graph(RESNET, **conv_weights("w1", "w2", "w3", "w4", "w5"))
+        regions = {r.nodes[-1]: r for r in partition(model)}
+        by_value = {c.value: (c.producer, c.elements, c.shared) for r in regions.values() for c in r.crossings}
+        first, last = partition(model)[0], partition(model)[-1]
+        assert by_value["r1"] == (first.name, 32 * 8 * 8, False)
+        # What the last convolution reads is also what its region adds: one value, quantized for both.
+        assert [c.value for c in last.crossings] == ["r2"]
+        assert not last.crossings[0].shared
+
+    def test_elements_may_move_between(self) -> None:
+        model = attention()
+        core = next(r for r in partition(model) if r.kind == "attention")
+        assert [(c.value, c.elements, c.shared) for c in core.crossings] == [(v, 16 * 64, False) for v in ("q1", "k1", "v1")]
+        after = partition(model)[-1]
+        assert [c.value for c in after.crossings] == ["o"]
+
+    def test_other_readers_are_noticed(self) -> None:
+        text = f"({WIDE} x) => ({WIDE} y, {WIDE} z) {{ c1 = {CONV}(x, w1) y = {CONV}(c1, w2) z = Sin(c1) }}"
+        (crossing,) = partition(graph(text, **conv_weights("w1", "w2")))[1].crossings
+        assert crossing.shared
+        text = f"({WIDE} x) => ({WIDE} y) {{ c1 = {CONV}(x, w1) s = Sin(c1) y = {CONV}(s, w2) }}"
+        assert [r.crossings for r in partition(graph(text, **conv_weights("w1", "w2")))] == [(), ()]
+
+
 class TestWork:
     def test_does_not_depend_on_a_static_batch(self) -> None:
         counts = set()
