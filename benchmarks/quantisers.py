@@ -240,7 +240,9 @@ def results(each: Subject, folder: Path) -> Iterator[Result]:
         yield other(each, folder, name, package)
     try:
         path, report = ours(each, folder, "mixed", f"latency<={1.15 * ratio:.4f}x")
-        yield judged(each, path, "deploycc mixed", seconds=quantizing(report), latency=report["plan"]["estimated_latency_ratio"] / ratio)
+        counts = ", ".join(f"{n} {name}" for name, n in report["plan"]["regions"].items())
+        latency = report["plan"]["estimated_latency_ratio"] / ratio
+        yield judged(each, path, f"deploycc mixed ({counts})", seconds=quantizing(report), latency=latency)
     except RuntimeError as error:
         yield Result("deploycc mixed", note=str(error).splitlines()[-1])
 
