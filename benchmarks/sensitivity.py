@@ -72,7 +72,7 @@ def subject(path: Path, evaluation: Path, *, format: str, calibration: int, held
     test = open_data(str(evaluation), model.graph.inputs, profiles, seed=0).take(held_out)
     reference = registry.backend("onnxruntime")
     analysis = analyse(
-        model, digest="", base=FP16, formats=[FORMATS[format]], choose=False, target=parse_target("tensorrt-rtx:sm_89"), data=data,
+        model, digest="", base=FP16, formats=[FORMATS[format]], choose=False, target=parse_target("tensorrt:sm_89"), data=data,
         reference=reference, batch=16, stage=lambda name: nullcontext(), progress=lambda done, total: None,
     )  # fmt: skip
     return Subject(path.stem, model, data, test, analysis, reference)

@@ -307,7 +307,7 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
     if report.plan["estimated_latency_ratio"] > SLOWER and plan.base.name != request.precision:
         job.warn(
             f"the estimate for {job.targets[0]} is {report.plan['estimated_latency_ratio']:.2f} times the latency of {plan.base}: "
-            + ("behind every convolution in 8 bits TensorRT-RTX runs a kernel of its own; " if analysis.is_apart(plan) else "")
+            + ("behind every convolution and product of codes TensorRT-RTX runs a kernel of its own; " if analysis.is_apart(plan) else "")
             + f"if size does not matter, use --precision {plan.base}"
         )
     report.engines = [_engine_row(e, folder) for e in engines]

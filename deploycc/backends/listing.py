@@ -27,6 +27,7 @@ _MOVES = re.compile(r"__myl_(?:Tran|Resh|Move|Slic|Etc)+")
 _TENSOR = re.compile(r'^ *(?:sub_)?tensor=\{[^\n]* name="([^"]*)"[^\n]* type=(\w+) [^\n]*\}', re.MULTILINE)
 _OP = re.compile(r"^  (corrltn|deconvolution|fully_connected|runtime_fusion|function)=\{ ([^\n]*)", re.MULTILINE)
 _INPUTS = re.compile(r' input(?:_args)?=\{((?: ?"[^"]*")*) ?\}')
+_OUTPUTS = re.compile(r' output(?:_args)?=\{((?: ?"[^"]*")*) ?\}')
 # A listing runs from its header to the first byte that is not text; 0x1f separates the names of ONNX nodes.
 _SEPARATOR = "\x1f"
 _LISTING = re.compile(rb"header \{\n[^\x00-\x08\x0b-\x1e\x7f]*")
@@ -34,11 +35,12 @@ _LISTING = re.compile(rb"header \{\n[^\x00-\x08\x0b-\x1e\x7f]*")
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One op of a listing: its kind, its name, the names of its inputs, and the ONNX nodes it absorbed."""
+    """One op of a listing: its kind, its name, the names of its inputs and outputs, and the ONNX nodes it absorbed."""
 
     kind: str
     name: str
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     nodes: tuple[str, ...]
 
 
@@ -48,7 +50,8 @@ def read_listing(engine: bytes) -> Realised:
     Counts: ``conv_int8``, ``fc_fp16``, ``mha_fp8`` and so on by operand type (``int8xfp16`` when the operands differ);
     ``fc_dequantised`` for matrix products in floating point that dequantize a constant on the fly;
     ``weights_dequantised_at_run_time`` for constants that a kernel of its own dequantizes at every inference;
-    ``reformats`` for kernels that only move data; ``kernels`` for everything launched.
+    ``reformats`` for kernels that only move data; ``conv_unfused`` for convolutions of codes that write FP32, so that a kernel of its own
+    adds the bias, applies the activation and quantizes; ``kernels`` for everything launched.
     """
     version = engine_version(engine)
     if version[:2] not in VERIFIED:
@@ -65,10 +68,12 @@ def read_listing(engine: bytes) -> Realised:
             if compute := _compute(op, types, constants):
                 label, found = compute
                 counts[label] += 1
+                counts["conv_unfused"] += _is_unfused(op, found, types)
                 for node in op.nodes:
                     operands.setdefault(node, found)
             elif special := _special(op, types, constants):
                 counts[special] += 1
+    counts += Counter()  # Only what was seen.
     attention = sum(n for label, n in counts.items() if label.startswith("mha_"))
     note = "" if operands else "no matrix product was found in the engine's program text"
     return Realised(operands, attention, dict(sorted(counts.items())), source, note)
@@ -91,14 +96,20 @@ def ops(listing: str) -> Iterator[Op]:
     """Yield the ops of one listing in order."""
     for kind, text in _OP.findall(listing):
         name = re.match(r'name="?([^" ]*)', text)
-        inputs = _INPUTS.search(text)
+        inputs, outputs = _INPUTS.search(text), _OUTPUTS.search(text)
         layers = re.search(r' layers="([^"]*)"', text)
         yield Op(
             kind,
             name[1] if name else "",
             tuple(re.findall(r'"([^"]*)"', inputs[1])) if inputs else (),
+            tuple(re.findall(r'"([^"]*)"', outputs[1])) if outputs else (),
             tuple(layer.removeprefix("[ONNX Layer: ").removesuffix("]") for layer in layers[1].split(_SEPARATOR)) if layers else (),
         )
+
+
+def _is_unfused(op: Op, operands: tuple[str, ...], types: Mapping[str, str]) -> bool:
+    """Return whether ``op`` is a convolution of codes that writes FP32."""
+    return op.kind in ("corrltn", "deconvolution") and operands[0] in QUANTIZED and [types.get(name) for name in op.outputs] == ["fp32"]
 
 
 def _compute(op: Op, types: Mapping[str, str], constants: set[str]) -> tuple[str, tuple[str, ...]] | None:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Protobuf refuses messages of 2 GiB; larger constants travel through a file.
 INLINE_LIMIT = 1_500_000_000
-# It removes the Relu before a QuantizeLinear unless that is known to clip at zero, and forgets that FP8 does not (seen in 1.31).
-WRONG_OPTIMIZERS = ["ReluQuantRewrite"]
+# Of QuantizeLinear to FP8 these know nothing (seen in 1.31): the first removes a Relu before it, the second refuses a Clip before it.
+WRONG_OPTIMIZERS = ["ReluQuantRewrite", "ClipQuantRewrite"]
 _NODE_IN_ERROR = (
     r"[Nn]ode\s*\(([^)\s]+)\)",
     r"Name:'([^']*)'",

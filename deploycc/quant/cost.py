@@ -6,8 +6,10 @@ A region writes its output once. It writes codes where it computes in their form
 else it writes floating point, and a kernel of its own converts it for each format that is read. What other nodes compute costs nothing
 to quantize, since TensorRT fuses QuantizeLinear into them.
 
-TensorRT-RTX fuses nothing behind a convolution in 8 bits (the listings of its engines show that; docs/tensorrt_rtx.md): the convolution
-writes FP32, and a kernel of its own adds the bias, applies the activation and writes whatever is read, codes or floating point.
+TensorRT-RTX fuses nothing behind a convolution or a matrix product of codes, as the listings of its engines show: the one writes FP32,
+the other 16 bits, and a kernel of its own adds the bias, applies the activation and writes whatever is read, codes or floating point.
+
+See: docs/adr/0008-conversions-cost-kernels.md, measured by benchmarks/kernels.py.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _ACTIVATION_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.5, "fp8": 
 _PEAK = {"fp16": "half", "bf16": "half", "int4": "half", "nvfp4": "fp4", "mxfp8": "fp8"}
 # Read in 16 bits, written in 8.
 _CONVERTED_BYTES = 3.0
-_FP32_BYTES = 4.0
+# What TensorRT-RTX writes behind products of codes, per element.
+_UNFUSED_BYTES = {"conv": 4.0, "conv_transpose": 4.0, "linear": 2.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,9 @@ def estimate(region: Region, format: Format, machine: Machine, *, batch: int, ap
     if not apart:
         return roofline(machine, macs=region.macs * batch, peak=peak, moved=moved)
     written = region.output_elements * batch
-    behind = roofline(machine, macs=0.0, peak=machine.half, moved=written * (_FP32_BYTES + _ACTIVATION_BYTES[format.name]))
-    moved += written * (_FP32_BYTES - _ACTIVATION_BYTES[format.name])
+    between, after = _UNFUSED_BYTES[region.kind], _ACTIVATION_BYTES[format.name]
+    behind = roofline(machine, macs=0.0, peak=machine.half, moved=written * (between + after))
+    moved += written * (between - after)
     return roofline(machine, macs=region.macs * batch, peak=peak, moved=moved) + behind
 
 
@@ -94,7 +98,7 @@ def estimate_all(regions: Sequence[Region], target: Target, *, batch: int) -> di
 
 def is_apart(region: Region, format: Format, target: Target) -> bool:
     """Return whether bias, activation and conversion behind ``region`` in ``format`` are a kernel of their own."""
-    return target.backend == "tensorrt-rtx" and region.kind.startswith("conv") and bool(_codes(format))
+    return target.backend == "tensorrt-rtx" and region.kind in _UNFUSED_BYTES and bool(_codes(format))
 
 
 def boundaries(regions: Sequence[Region], target: Target, *, batch: int) -> tuple[Boundary, ...]:

@@ -153,10 +153,13 @@ def test_every_format_runs_but_bf16_and_those_of_operators_that_are_tensorrts_ow
     assert cpu.doctor()["available"] is True
 
 
+@pytest.mark.parametrize(
+    "clip", ["r = Relu(x)", "low = Constant<value = float {0}>() high = Constant<value = float {6}>() r = Clip(x, low, high)"]
+)
 @pytest.mark.parametrize("code", [ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN])
-def test_relu_before_quantization_is_kept(code):
-    """ONNX Runtime's own optimizer drops it before FP8, whose codes know negative numbers."""
-    body = "s = Constant<value = float {0.03125}>() r = Relu(x) q = QuantizeLinear(r, s, z) y = DequantizeLinear(q, s, z)"
+def test_an_activation_before_quantization_is_kept(code, clip):
+    """ONNX Runtime's own optimizer drops a Relu before FP8, whose codes know negative numbers, and refuses a Clip."""
+    body = f"s = Constant<value = float {{0.03125}}>() {clip} q = QuantizeLinear(r, s, z) y = DequantizeLinear(q, s, z)"
     model = ir.from_onnx_text(model_text(body, inputs="float[N,4] x, uint8 z", outputs="float[N,4] y"))
     zero = model.graph.inputs.pop()
     zero.type, zero.const_value = ir.TensorType(code), ir.tensor(np.zeros((), code.numpy()), name="z")

@@ -90,7 +90,7 @@ class TestConversions:
 
 
 class TestApart:
-    """TensorRT-RTX writes FP32 behind a convolution in 8 bits, and has one more kernel."""
+    """TensorRT-RTX writes floating point behind a product of codes, and has one more kernel."""
 
     WIDE = Region("r", "conv", ("r",), ("r",), (), activation_elements=3 * 10**6, output_elements=2 * 10**6)
 
@@ -101,7 +101,12 @@ class TestApart:
         moved = (1e6 * 1.5 + 2e6 * 4) + 2e6 * (4 + 1.5)
         assert apart["int8"] == pytest.approx(moved / (300e9 * 0.5) * 1e6 + 2 * 2.0)
 
-    def test_matrix_products_are_as_everywhere(self) -> None:
+    def test_a_matrix_product_writes_16_bits(self) -> None:
         linear = replace(self.WIDE, kind="linear")
-        found = [estimate_all([linear], parse_target(f"{name}:sm_89"), batch=1) for name in ("tensorrt", "tensorrt-rtx")]
+        moved = (1e6 * 1.5 + 2e6 * 2) + 2e6 * (2 + 1.5)
+        assert estimate_all([linear], parse_target("tensorrt-rtx:sm_89"), batch=1)["r"]["int8"] == pytest.approx(moved / 150e3 + 2 * 2.0)
+
+    def test_attention_is_as_everywhere(self) -> None:
+        core = replace(self.WIDE, kind="attention")
+        found = [estimate_all([core], parse_target(f"{name}:sm_89"), batch=1) for name in ("tensorrt", "tensorrt-rtx")]
         assert found[0] == found[1]
