@@ -1,9 +1,11 @@
-"""Standard networks end to end: export, fp16, int8 and mixed engines for three architectures, time, memory, SQNR.
+"""Standard networks end to end: export, engines in every format for three architectures, lint, time, memory, SQNR.
 
     pip install -c constraints.txt -e ".[test]"
     python benchmarks/zoo.py                                  # all five models, some 40 minutes on two cores
     python benchmarks/zoo.py deit_tiny_patch16_224 --precisions int8
+    python benchmarks/zoo.py examples/fashion/vit.onnx --precisions int8,fp8,mixed      # files instead of names of timm
 
+FP8 is built from sm_89 on. ``lint`` counts errors and warnings of ``deploycc lint`` on the built model, for each target.
 Weights are random, so the SQNR compares the built model with its own FP32 original; calibration is synthetic. ``calib/fwd`` is the
 time of calibration over that of plain ONNX Runtime forward passes of the same graph on the same samples, in the same run.
 """
@@ -49,10 +51,24 @@ def command(*words: str) -> str:
     return subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout
 
 
+def targets_of(precision: str) -> tuple[str, ...]:
+    """Return the targets that compute in ``precision``."""
+    return TARGETS[1:] if precision == "fp8" else TARGETS
+
+
+def lint(model: Path, precision: str) -> str:
+    """Return the errors and warnings of the linter, over all targets."""
+    counts = []
+    for target in targets_of(precision):
+        words = [sys.executable, "-m", "deploycc.cli", "lint", str(model), "--target", target, "--json"]
+        counts.append(json.loads(subprocess.run(words, check=False, capture_output=True, text=True).stdout)["count"])
+    return "/".join(str(sum(count[kind] for count in counts)) for kind in ("error", "warning"))
+
+
 def build(model: Path, precision: str, data: str, out: Path) -> tuple[dict, float]:  # type: ignore[type-arg]
     """Build one model and return its report and the seconds of the whole command."""
     start = time.perf_counter()
-    targets = [word for target in TARGETS for word in ("--target", target)]
+    targets = [word for target in targets_of(precision) for word in ("--target", target)]
     command("-m", "deploycc.cli", "build", str(model), "--precision", precision, "--data", data, "--out", str(out), "--quiet", *targets)
     return json.loads((out / "report.json").read_text()), time.perf_counter() - start
 
@@ -64,20 +80,24 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp16,int8,mixed")
     parser.add_argument("--samples", type=int, default=32)
     arguments = parser.parse_args()
-    head = "model precision regions bits SQNR_dB estimated_latency MHA mismatches warnings"
+    head = "model precision regions bits SQNR_dB estimated_latency lint MHA mismatches warnings"
     table = Table(*head.split(), *["command_s", "calibration_s", "calib/fwd", "score_s", "engines_s", "peak_MB"])
     with tempfile.TemporaryDirectory() as name:
         for model in arguments.models:
             path, data = Path(name, f"{model}.onnx"), f"synthetic:{arguments.samples}"
-            command("-m", "deploycc.cli", "export", f"timm:{model}", "--out", str(path))
+            if Path(model).exists():
+                path, model = Path(model), Path(model).stem
+            else:
+                command("-m", "deploycc.cli", "export", f"timm:{model}", "--out", str(path))
             forward = float(command("-c", FORWARD, str(path), data))
             for precision in arguments.precisions.split(","):
-                report, seconds = build(path, precision, data, Path(name, f"{model}-{precision}"))
-                table.add_row(model, precision, *_cells(report, seconds, forward))
+                out = Path(name, f"{model}-{precision}")
+                report, seconds = build(path, precision, data, out)
+                table.add_row(model, precision, *_cells(report, seconds, forward, lint(out / "model.onnx", precision)))
                 Console(width=220).print(table)
 
 
-def _cells(report: dict, seconds: float, forward: float) -> list[str]:  # type: ignore[type-arg]
+def _cells(report: dict, seconds: float, forward: float, findings: str) -> list[str]:  # type: ignore[type-arg]
     stages, calibration = report["seconds"], report["calibration"]["seconds"]
     mismatches = sum(f["verdict"] == "mismatch" for g in report["regions"] for f in g["realised"].values())
     return [
@@ -85,6 +105,7 @@ def _cells(report: dict, seconds: float, forward: float) -> list[str]:  # type: 
         f"{report['plan']['average_bits']:.2f}",
         f"{report['verification'][0]['sqnr_db']:.1f}",
         f"{report['plan']['estimated_latency_ratio']:.3f}",
+        findings,
         "/".join(str(e["fused_attention"]) for e in report["engines"]),
         str(mismatches),
         str(len(report["warnings"])),

@@ -82,7 +82,8 @@ def build(
         typer.Option(
             metavar="B",
             help="Bounds: sqnr>=25dB, accuracy-drop<=0.5, bits<=8, size<=0.5x, bops<=0.5x (bit operations), latency<=0.7x; several with "
-            "commas. Without any, mixed takes the least noise with 10 bits per weight and 1.15 times the least estimated latency.",
+            "commas. Without any, mixed takes the least noise with 10 bits per weight and 1.15 times the least estimated latency, and "
+            "nothing slower than the base format if there is another way.",
         ),
     ] = "",
     plan: Annotated[
