@@ -165,7 +165,7 @@ def table(profile: Profile, *, most: int = 40) -> str:
     for row in profile.rows[:most]:
         noise = f"{_decibels(row.noise):6.1f}" if row.noise else " " * 6
         evidence = f"{row.evidence:9.3g}" if row.evidence is not None else " " * 9
-        name = f"{row.source} ({row.region})" if row.source else row.region
+        name = f"{row.source} ({row.region})" if row.source else f"conversion of {row.region}" if row.kind == CONVERSION else row.region
         lines.append(f"{row.microseconds:10.2f} {100 * row.microseconds / total:6.1f}  {row.format:8} {noise} {evidence}  {name}")
     rest = profile.rows[most:]
     if rest:

@@ -321,7 +321,11 @@ def _explained(problem: _Problem, picked: Sequence[Choice], index: int, noise: C
     else:
         gain = _cost_around(problem, picked, base_choice) - _cost_around(problem, picked, choice)
         size = int(base_choice.bits - choice.bits) // 8
-        why = f"{choice.format.name}: saves an estimated {gain:.2f} us and {size} bytes for {_db(choice.noise)} of noise"
+        if gain < 0:
+            saved = f"saves {size} bytes and takes an estimated {-gain:.2f} us more"
+        else:
+            saved = f"saves an estimated {gain:.2f} us and {size} bytes"
+        why = f"{choice.format.name}: {saved} for {_db(choice.noise)} of noise"
     return Assignment(region, choice.format, why + (" (least time within the error bound)" if limited else ""), ("X3",), figures)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -278,6 +278,13 @@ class TestReasons:
         ]
         assert [a.rules for a in chosen] == [("X3",), ("X3",), ("S2",)]
         assert chosen[0].noise == {"int8": 1e-6, "fp8": 1e-5}
+
+    def test_say_what_a_slower_format_costs(self) -> None:
+        """The conversion takes more than the region saves, and half the bytes are wanted."""
+        problem = replace(self.problem(), boundaries=(Boundary("v", "b", ("a",), False, 2.5),))
+        assert problem.solve(Budget(bits=9, latency=2.0))[0].reason == (
+            "int8: saves 8000 bytes and takes an estimated 0.50 us more for -60.0 dB of noise"
+        )
 
     def test_say_so_where_the_error_is_bounded(self) -> None:
         chosen = self.problem().solve(Budget(sqnr=20), 1e-2)
