@@ -29,6 +29,7 @@ DEFAULT_BITS = 10.0
 DEFAULT_LATENCY_SLACK = 1.15
 _ROUNDING = 1e-9
 _GAP = 1e-6
+_LIMITED = " (least time within the error bound)"
 Costs = Mapping[str, Mapping[str, float]]
 
 
@@ -105,13 +106,18 @@ def allocate(
     problem = _Problem(regions, _choices(regions, formats, base, noise, latency, forced or {}), base, boundaries)
     bounds = _bounds(problem, latency, budget, noise_bound)
     picked = _solve(problem, bounds, minimise="latency" if noise_bound is not None else "noise")
+    if picked is None and budget.latency is None and noise_bound is None:
+        # The other bounds leave only slower plans: then the slack is that of the fastest of those.
+        asked = {name: bound for name, bound in bounds.items() if name != "latency"}
+        if quickest := _solve(problem, asked, minimise="latency"):
+            picked = _solve(problem, {**asked, "latency": DEFAULT_LATENCY_SLACK * problem.cost(quickest)}, minimise="noise")
     if picked is None:
         raise BudgetError(
             _infeasible(problem, bounds, budget),
             at=f"--budget {budget}",
             fix="relax that bound, or allow more formats by another --target",
         )
-    return tuple(_explained(problem, picked, i, noise, limited=noise_bound is not None) for i in range(len(regions)))
+    return _explained(problem, picked, noise, limited=noise_bound is not None)
 
 
 def pareto_front(
@@ -189,11 +195,7 @@ def _bounds(problem: _Problem, latency: Costs, budget: Budget, noise_bound: floa
     if budget.latency is not None:
         bounds["latency"] = budget.latency * all_base
     elif noise_bound is None:
-        # Not slower than the base, if the other bounds allow that; where they allow no plan at all, they are to blame.
-        wanted = min(DEFAULT_LATENCY_SLACK * _least(problem, "latency"), all_base)
-        quickest = _solve(problem, bounds, minimise="latency")
-        possible = problem.cost(quickest) if quickest else 0.0
-        bounds["latency"] = wanted if possible <= wanted * (1 + _ROUNDING) else DEFAULT_LATENCY_SLACK * possible
+        bounds["latency"] = min(DEFAULT_LATENCY_SLACK * _least(problem, "latency"), all_base)
     if noise_bound is not None:
         bounds["noise"] = noise_bound
     return bounds
@@ -307,33 +309,41 @@ def _infeasible(problem: _Problem, bounds: Mapping[str, float], budget: Budget) 
     return "no plan meets all bounds at once, though each can be met alone"
 
 
-def _explained(problem: _Problem, picked: Sequence[Choice], index: int, noise: Costs, *, limited: bool) -> Assignment:
-    region, choice, base = problem.regions[index], picked[index], problem.base
-    figures = noise.get(region.name, {})
-    alternatives = [c for c in problem.choices if c.region == index and c is not choice]
-    if not alternatives:
-        why = f"only {base.name} is allowed here by {', '.join(region.rules) or 'the target'}"
-        return Assignment(region, choice.format, why, region.rules, figures)
-    base_choice = next(c for c in problem.choices if c.region == index and c.format == base)
+def _explained(problem: _Problem, picked: Sequence[Choice], noise: Costs, *, limited: bool) -> tuple[Assignment, ...]:
+    choices: dict[int, list[Choice]] = {}
+    for choice in problem.choices:
+        choices.setdefault(choice.region, []).append(choice)
+    nearby: dict[str, list[Boundary]] = {}
+    for boundary in problem.boundaries:
+        for name in dict.fromkeys(boundary.regions):
+            nearby.setdefault(name, []).append(boundary)
+    formats = {region.name: choice.format for region, choice in zip(problem.regions, picked, strict=True)}
+    found = []
+    for region, choice in zip(problem.regions, picked, strict=True):
+        others = [c for c in choices[choice.region] if c is not choice]
+        # What the region and the conversions around it take, the other regions being as picked.
+        in_base = next((c for c in others if c.format == problem.base), choice)
+        times = [
+            c.latency + sum(b.cost({**formats, region.name: c.format}) for b in nearby.get(region.name, ())) for c in (in_base, choice)
+        ]
+        why = _reason(region, choice, others, problem.base, gain=times[0] - times[1], size=int(in_base.bits - choice.bits) // 8)
+        rules = ("X3",) if others else region.rules
+        found.append(Assignment(region, choice.format, why + _LIMITED * (limited and bool(others)), rules, noise.get(region.name, {})))
+    return tuple(found)
+
+
+def _reason(region: Region, choice: Choice, others: Sequence[Choice], base: Format, *, gain: float, size: int) -> str:
+    """Return why ``choice`` was picked: it saves ``gain`` microseconds and ``size`` bytes."""
+    if not others:
+        return f"only {base.name} is allowed here by {', '.join(region.rules) or 'the target'}"
     if choice.format == base:
-        least = min(c.noise for c in alternatives)
-        why = f"kept in {base.name}: quantizing would add {_db(least)} of noise, more than it saves is worth under the budget"
+        least = min(c.noise for c in others)
+        return f"kept in {base.name}: quantizing would add {_db(least)} of noise, more than it saves is worth under the budget"
+    if gain < 0:
+        saved = f"saves {size} bytes and takes an estimated {-gain:.2f} us more"
     else:
-        gain = _cost_around(problem, picked, base_choice) - _cost_around(problem, picked, choice)
-        size = int(base_choice.bits - choice.bits) // 8
-        if gain < 0:
-            saved = f"saves {size} bytes and takes an estimated {-gain:.2f} us more"
-        else:
-            saved = f"saves an estimated {gain:.2f} us and {size} bytes"
-        why = f"{choice.format.name}: {saved} for {_db(choice.noise)} of noise"
-    return Assignment(region, choice.format, why + (" (least time within the error bound)" if limited else ""), ("X3",), figures)
-
-
-def _cost_around(problem: _Problem, picked: Sequence[Choice], choice: Choice) -> float:
-    """Return the microseconds of ``choice`` and of the conversions at its region's boundaries, the other regions being as picked."""
-    name = problem.regions[choice.region].name
-    formats = {r.name: (choice if i == choice.region else picked[i]).format for i, r in enumerate(problem.regions)}
-    return choice.latency + sum(b.cost(formats) for b in problem.boundaries if name in b.regions)
+        saved = f"saves an estimated {gain:.2f} us and {size} bytes"
+    return f"{choice.format.name}: {saved} for {_db(choice.noise)} of noise"
 
 
 def _db(noise: float) -> str:
