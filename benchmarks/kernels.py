@@ -51,6 +51,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, default=[FASHION / "cnn.onnx", FASHION / "vit.onnx"])
+    parser.add_argument("--precisions", default=",".join(CODES), help="formats beside fp16; mixed takes longer, since regions are scored")
     parser.add_argument("--target", default="tensorrt-rtx:sm_89")
     arguments = parser.parse_args()
     print("| model | format | kernels | expected | convolutions of codes that write FP32 | estimated latency / fp16 |")
@@ -58,7 +59,7 @@ def main() -> None:
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             floats = 0
-            for precision in ("fp16", *CODES):
+            for precision in ("fp16", *arguments.precisions.split(",")):
                 report = built(model, precision, arguments.target, Path(folder))
                 floats = floats or report["engines"][0]["counts"]["kernels"]
                 print(row(model, report, floats), flush=True)
