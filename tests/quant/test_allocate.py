@@ -263,6 +263,28 @@ def test_500_regions_of_six_formats_take_about_a_second(budget: Budget, noise_bo
     assert spent < 2.0
 
 
+@pytest.mark.parametrize(("budget", "noise_bound"), [(Budget(), None), (Budget(sqnr=30), 1e-3), (Budget(latency=0.7), None)])
+def test_200_regions_with_conversions_take_about_a_second(budget: Budget, noise_bound: float | None) -> None:
+    """As many as the largest networks have, in a chain with skips."""
+    rng = np.random.default_rng(1)
+    names = [f"r{i}" for i in range(200)]
+    regions = tuple(region(name, int(rng.integers(1000, 1_000_000))) for name in names)
+    base = rng.uniform(5, 50, len(names))
+    latency = {
+        n: {"fp16": t, "int8": t * rng.uniform(0.5, 0.7), "fp8": t * rng.uniform(0.5, 0.7)} for n, t in zip(names, base, strict=True)
+    }
+    noise = {n: {f: 10 ** rng.uniform(-7, -4) for f in ("int8", "fp8")} for n in names}
+    skips = {i: names[i + 3 : i + 4] for i in range(0, 197, 3)}
+    boundaries = tuple(
+        Boundary(f"v{i}", names[i], (names[i + 1], *skips.get(i, ())), i % 7 == 0, float(rng.uniform(2, 6))) for i in range(199)
+    )
+    start = time.process_time()
+    chosen = Problem(regions, noise, latency, boundaries=boundaries).solve(budget, noise_bound)
+    spent = time.process_time() - start
+    assert len({a.format for a in chosen}) > 1
+    assert spent < 4.0
+
+
 class TestReasons:
     def problem(self) -> Problem:
         regions = (region("a", 8000), region("b", 1000), region("c", 10, ()))
