@@ -41,7 +41,7 @@ def extra(report: dict[str, Any]) -> int:
 def row(model: Path, report: dict[str, Any], floats: int) -> str:
     """Return the line of one build."""
     counts, plan = report["engines"][0]["counts"], report["plan"]
-    convolutions = sum(int(n) for label, n in counts.items() if label in ("conv_int8", "conv_fp8"))
+    convolutions = sum(int(n) for label, n in counts.items() if label.removeprefix("de") in ("conv_int8", "conv_fp8"))
     expected, unfused = floats + extra(report), f"{counts.get('conv_unfused', 0)} of {convolutions}"
     name, precision = model.stem.split(".")[0], report["request"]["precision"]
     return f"| {name} | {precision} | {counts['kernels']} | {expected} | {unfused} | {plan['estimated_latency_ratio']:.2f} |"

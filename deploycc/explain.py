@@ -84,13 +84,17 @@ def explain_front(directory: Path) -> str:
     front = pareto_front(regions, formats, plan.base, noise=noise, latency=costs, boundaries=borders)
     whole = sum(costs[r.name][plan.base.name] for r in regions)
     lines = [f"{'latency':>8}  {'bits':>5}  {'expected SQNR':>13}  regions"]
-    for found in front:
+    for found in (*front, plan.assignments):
         time = total(costs, borders, {a.region.name: a.format for a in found}) / whole
         spent = sum(a.noise.get(a.format.name, 0.0) for a in found)
         counts = ", ".join(f"{n} {name}" for name, n in PrecisionPlan(plan.base, found).count().items())
         shown = f"{-10 * log10(spent):.1f} dB" if spent > 0 else f"{plan.base.name} only"
-        lines.append(f"{time:7.3f}x  {PrecisionPlan(plan.base, found).average_bits():5.2f}  {shown:>13}  {counts}")
-    note = f"latency is a roofline estimate as a share of {plan.base.name} on {target}; the noise of single regions is taken to add up"
+        mark = "  (this build)" if found is plan.assignments else ""
+        lines.append(f"{time:7.3f}x  {PrecisionPlan(plan.base, found).average_bits():5.2f}  {shown:>13}  {counts}{mark}")
+    note = (
+        f"latency is a roofline estimate as a share of {plan.base.name} on {target}; the noise of single regions is taken to add up; "
+        "size is no bound here"
+    )
     return "\n".join([*lines, "", note])
 
 

@@ -137,8 +137,9 @@ def _ranges_key(job: Job, digest: str) -> str:
 
 def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, Analysis]:
     """Take the decisions of a plan from a file: nothing is calibrated, scored or chosen again."""
-    check_fit(plan, canonical.model, digest=canonical.digest, at=f"--plan {job.request.plan}", samples_codes=job.request.dcn != "body")
-    regions = tuple(a.region for a in plan.assignments)
+    # What regions cost is counted in the graph, since a plan may be edited or older.
+    at, samples_codes = f"--plan {job.request.plan}", job.request.dcn != "body"
+    regions = check_fit(plan, canonical.model, digest=canonical.digest, at=at, samples_codes=samples_codes)
     analysis = Analysis(regions, plan.base, job.formats, job.targets[0], job.batch, canonical.digest, settled=plan)
     analysis.costs = estimate_all(regions, job.targets[0], batch=job.batch)
     analysis.boundaries = boundaries(regions, job.targets[0], batch=job.batch)
@@ -278,8 +279,9 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
     """Fill the report and write every file of the build directory."""
     report, request = job.report, job.request
     wanted = FORMATS.get(request.precision, plan.base)
-    if wanted.is_quantized and not any(a.format.is_quantized for a in plan.assignments):
-        job.warn(f"--precision {request.precision} quantized nothing: every region computes in {plan.base}; report.md names the rules")
+    if (wanted.is_quantized or request.precision == "mixed") and not any(a.format.is_quantized for a in plan.assignments):
+        where = "`deploycc explain` says why" if request.precision == "mixed" else "report.md names the rules"
+        job.warn(f"--precision {request.precision} quantized nothing: every region computes in {plan.base}; {where}")
     findings = {str(e.target): audit.audit(plan, e) for e in engines}
     for engine in engines:
         for text in (*audit.warnings_of(findings[str(engine.target)], engine), *engine.warnings):
@@ -304,7 +306,7 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
         "compatibility": request.compatibility,
     }
     report.plan = analysis.summary(plan)
-    if report.plan["estimated_latency_ratio"] > SLOWER and plan.base.name != request.precision:
+    if report.plan["estimated_latency_ratio"] > SLOWER and any(a.format.is_quantized for a in plan.assignments):
         job.warn(
             f"the estimate for {job.targets[0]} is {report.plan['estimated_latency_ratio']:.2f} times the latency of {plan.base}: "
             + ("behind every convolution and product of codes TensorRT-RTX runs a kernel of its own; " if analysis.is_apart(plan) else "")

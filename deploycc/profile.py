@@ -127,7 +127,7 @@ def _row(name: str, region: Mapping[str, Any], time: float, layers: Sequence[str
 def _with_evidence(directory: Path, rows: Iterable[Row]) -> list[Row]:
     """Return ``rows`` with what ``scores.json`` knows of each region before it meets a format."""
     known = read_json(directory, "scores.json").get("evidence", {})
-    return [replace(row, evidence=known.get(row.region, {}).get("mean")) for row in rows]
+    return [row if row.kind == CONVERSION else replace(row, evidence=known.get(row.region, {}).get("mean")) for row in rows]
 
 
 def _profile(found: Measurement, rows: Sequence[Row]) -> Profile:
@@ -165,12 +165,16 @@ def table(profile: Profile, *, most: int = 40) -> str:
     for row in profile.rows[:most]:
         noise = f"{_decibels(row.noise):6.1f}" if row.noise else " " * 6
         evidence = f"{row.evidence:9.3g}" if row.evidence is not None else " " * 9
-        name = f"{row.source} ({row.region})" if row.source else f"conversion of {row.region}" if row.kind == CONVERSION else row.region
+        name = f"{row.source} ({row.region})" if row.source else _label(row)
         lines.append(f"{row.microseconds:10.2f} {100 * row.microseconds / total:6.1f}  {row.format:8} {noise} {evidence}  {name}")
     rest = profile.rows[most:]
     if rest:
         lines.append(f"{sum(r.microseconds for r in rest):10.2f} {100 * sum(r.microseconds for r in rest) / total:6.1f}  {len(rest)} more")
     return "\n".join([*lines, f"{profile.microseconds:10.2f}  100.0  {'measured' if profile.is_measured else 'ESTIMATED'} in all"])
+
+
+def _label(row: Row) -> str:
+    return f"conversion of {row.region}" if row.kind == CONVERSION else row.source or row.region
 
 
 def chart(profile: Profile, path: Path, *, most: int = 40) -> None:
@@ -186,7 +190,7 @@ def chart(profile: Profile, path: Path, *, most: int = 40) -> None:
     colours = dict(zip(sorted({r.format for r in rows}), ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd"), strict=False))
     figure, axes = plt.subplots(figsize=(10, max(2.5, 0.22 * len(rows) + 1.2)))
     axes.barh(range(len(rows)), [r.microseconds for r in rows], color=[colours.get(r.format, "#555") for r in rows])
-    axes.set_yticks(range(len(rows)), [r.source or r.region for r in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), [_label(r) for r in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("microseconds" if profile.is_measured else "microseconds, ESTIMATED")
     axes.set_title(profile.basis, fontsize=8)

@@ -40,6 +40,11 @@ class Format:
         return self.max_value is not None
 
     @property
+    def codes_activations(self) -> bool:
+        """Return whether activations are codes of this format as well as weights."""
+        return self.is_quantized and self.activations != "none"
+
+    @property
     def weight_bits(self) -> float:
         """Return the bits per weight with the share of its block's scale."""
         return self.bits + (self.scale_bits / self.block if self.block else 0.0)

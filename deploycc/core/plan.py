@@ -144,9 +144,13 @@ class PrecisionPlan:
             body = json.loads(text)
             if body.get("schema") != SCHEMA:
                 raise UsageError(f"this is not a plan of schema {SCHEMA}", at=at, fix="use the plan.json of a build directory")
+            assignments = tuple(_assignment(entry, at) for entry in body["regions"])
+            names = {a.region.name for a in assignments}
+            if lost := [c.producer for a in assignments for c in a.region.crossings if c.producer not in names]:
+                raise ValueError(f"no region is named '{lost[0]}'")
             return cls(
                 base=_format(body["base"], at),
-                assignments=tuple(_assignment(entry, at) for entry in body["regions"]),
+                assignments=assignments,
                 scales=body["scales"],
                 islands=body["islands"],
                 model=body.get("model", ""),
@@ -177,9 +181,16 @@ def _assignment_json(assignment: Assignment) -> dict[str, Any]:
 
 def _assignment(entry: dict[str, Any], at: str) -> Assignment:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in Region.__dataclass_fields__}
-    values["crossings"] = tuple(Crossing(**crossing) for crossing in values.get("crossings", ()))
+    values["crossings"] = tuple(_crossing(**crossing) for crossing in values.get("crossings", ()))
     region = Region(**values)
     return Assignment(region, _format(entry["format"], at), entry["reason"], tuple(entry["decided_by"]), entry["noise"])
+
+
+def _crossing(value: str, producer: str, elements: int, shared: bool = False) -> Crossing:
+    kinds = ((value, str), (producer, str), (elements, int), (shared, bool))
+    if not all(type(found) is kind for found, kind in kinds) or elements < 0:
+        raise ValueError(f"a crossing has a value, a producer, elements and whether it is shared, not {[found for found, _ in kinds]}")
+    return Crossing(value, producer, elements, shared)
 
 
 def _rescale_json(rescale: Rescale) -> dict[str, Any]:

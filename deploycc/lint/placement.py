@@ -11,8 +11,8 @@ from deploycc.core.graph import is_constant
 from deploycc.lint.findings import Place, rule
 from deploycc.lint.fusion import inside
 from deploycc.lint.storage import is_bias
-from deploycc.lint.subject import DEQUANTIZE, MOVES, QUANTIZE, WEIGHTED, Pair, Subject, value_name, weighted_origin
-from deploycc.quant.regions import ACTIVATIONS
+from deploycc.lint.subject import DEQUANTIZE, QUANTIZE, WEIGHTED, Pair, Subject, value_name, weighted_origin
+from deploycc.quant.regions import ACTIVATIONS, MOVES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploycc.core.graph import FLOAT_TYPES, attribute, constant, int_attribute, is_constant, remove_dead_nodes
-from deploycc.quant.regions import partition
+from deploycc.quant.regions import MOVES, partition
 
 if TYPE_CHECKING:
     from deploycc.core.formats import Format
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Ops that only move numbers: quantization commutes with them (P7).
-MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Gather", "Split", "Expand"})
 FORMAT_NAMES = {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.FLOAT4E2M1: "nvfp4"}
 
 

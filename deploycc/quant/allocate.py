@@ -195,7 +195,9 @@ def _bounds(problem: _Problem, latency: Costs, budget: Budget, noise_bound: floa
     if budget.latency is not None:
         bounds["latency"] = budget.latency * all_base
     elif noise_bound is None:
-        bounds["latency"] = min(DEFAULT_LATENCY_SLACK * _least(problem, "latency"), all_base)
+        floats = {c.region: c.latency for c in problem.choices if not c.format.is_quantized}
+        plain = sum(floats.get(i, latency[r.name][base.name]) for i, r in enumerate(regions))
+        bounds["latency"] = min(DEFAULT_LATENCY_SLACK * _least(problem, "latency"), plain)
     if noise_bound is not None:
         bounds["noise"] = noise_bound
     return bounds
@@ -242,7 +244,7 @@ def _conversions(problem: _Problem, choices: Sequence[Choice]) -> tuple[list[flo
     """
     column = {(c.region, c.format.name): i for i, c in enumerate(choices)}
     index = {region.name: i for i, region in enumerate(problem.regions)}
-    formats = dict.fromkeys(c.format.name for c in choices if c.format.reach is not None)
+    formats = dict.fromkeys(c.format.name for c in choices if c.format.codes_activations)
     costs: list[float] = []
     rows: list[dict[int, float]] = []
     for boundary, format in itertools.product(problem.boundaries, formats):
@@ -275,7 +277,7 @@ def _undominated(problem: _Problem, bounds: Mapping[str, float], minimise: str) 
     within = [c for c in problem.choices if all(getattr(c, name) <= bound * (1 + _ROUNDING) for name, bound in bounds.items())]
     # Another format for one region changes what is converted at its boundaries, by this much at most.
     at_stake: dict[str, float] = {}
-    kinds = len({c.format for c in problem.choices if c.format.reach is not None})
+    kinds = len({c.format for c in problem.choices if c.format.codes_activations})
     for boundary in problem.boundaries:
         for name in boundary.regions:
             at_stake[name] = at_stake.get(name, 0.0) + min(kinds, len(boundary.readers)) * boundary.microseconds
@@ -322,23 +324,27 @@ def _explained(problem: _Problem, picked: Sequence[Choice], noise: Costs, *, lim
     for region, choice in zip(problem.regions, picked, strict=True):
         others = [c for c in choices[choice.region] if c is not choice]
         # What the region and the conversions around it take, the other regions being as picked.
-        in_base = next((c for c in others if c.format == problem.base), choice)
-        times = [
-            c.latency + sum(b.cost({**formats, region.name: c.format}) for b in nearby.get(region.name, ())) for c in (in_base, choice)
-        ]
-        why = _reason(region, choice, others, problem.base, gain=times[0] - times[1], size=int(in_base.bits - choice.bits) // 8)
+        times = {
+            c: c.latency + sum(b.cost({**formats, region.name: c.format}) for b in nearby.get(region.name, ())) for c in (choice, *others)
+        }
+        why = _reason(region, choice, times, problem.base)
         rules = ("X3",) if others else region.rules
         found.append(Assignment(region, choice.format, why + _LIMITED * (limited and bool(others)), rules, noise.get(region.name, {})))
     return tuple(found)
 
 
-def _reason(region: Region, choice: Choice, others: Sequence[Choice], base: Format, *, gain: float, size: int) -> str:
-    """Return why ``choice`` was picked: it saves ``gain`` microseconds and ``size`` bytes."""
+def _reason(region: Region, choice: Choice, times: Mapping[Choice, float], base: Format) -> str:
+    """Return why ``choice`` was picked among those of ``times``, which are estimated microseconds."""
+    others = [c for c in times if c is not choice]
     if not others:
         return f"only {base.name} is allowed here by {', '.join(region.rules) or 'the target'}"
     if choice.format == base:
         least = min(c.noise for c in others)
+        if min(times[c] for c in others) >= times[choice]:
+            return f"kept in {base.name}: quantizing would save no time by estimate, and add {_db(least)} of noise"
         return f"kept in {base.name}: quantizing would add {_db(least)} of noise, more than it saves is worth under the budget"
+    in_base = next((c for c in others if c.format == base), choice)
+    gain, size = times[in_base] - times[choice], int(in_base.bits - choice.bits) // 8
     if gain < 0:
         saved = f"saves {size} bytes and takes an estimated {-gain:.2f} us more"
     else:

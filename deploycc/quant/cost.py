@@ -69,7 +69,7 @@ class Boundary:
 
 def _codes(format: Format) -> str:
     """Return the format of the codes that a region in ``format`` reads, '' where it reads floating point."""
-    return format.name if format.reach is not None else ""
+    return format.name if format.codes_activations else ""
 
 
 def machine_of(target: Target) -> Machine:
@@ -83,7 +83,7 @@ def estimate(region: Region, format: Format, machine: Machine, *, batch: int, ap
     moved = region.parameters * format.weight_bits / 8 + region.activation_elements * batch * _ACTIVATION_BYTES[format.name]
     if not apart:
         return roofline(machine, macs=region.macs * batch, peak=peak, moved=moved)
-    written = region.output_elements * batch
+    written = (region.output_elements or region.activation_elements // 2) * batch  # Older plans do not say.
     between, after = _UNFUSED_BYTES[region.kind], _ACTIVATION_BYTES[format.name]
     behind = roofline(machine, macs=0.0, peak=machine.half, moved=written * (between + after))
     moved += written * (between - after)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SHOWN = 3
 
 
-def check_fit(plan: PrecisionPlan, model: ir.Model, *, digest: str, at: str, samples_codes: bool = False) -> None:
-    """Raise UsageError, saying what differs, when ``plan`` cannot be applied to the CANONICAL graph ``model``.
+def check_fit(plan: PrecisionPlan, model: ir.Model, *, digest: str, at: str, samples_codes: bool = False) -> tuple[Region, ...]:
+    """Return the regions of the CANONICAL graph ``model``; raise UsageError, saying what differs, when ``plan`` cannot be applied to it.
 
     A plan whose ``model`` is empty is applied to any graph with the same regions.
 
@@ -46,6 +46,7 @@ def check_fit(plan: PrecisionPlan, model: ir.Model, *, digest: str, at: str, sam
         )
     for assignment in plan.assignments:
         _check_format(assignment, plan, at)
+    return tuple(found.values())
 
 
 def _some(names: list[str]) -> str:

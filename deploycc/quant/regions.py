@@ -20,7 +20,7 @@ from deploycc.core.plan import Crossing, Region
 from deploycc.quant.eligibility import attention_formats, conv_formats, linear_formats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     import onnx_ir as ir
 
@@ -30,9 +30,8 @@ ACTIVATIONS = frozenset(
 _TRANSPARENT = frozenset(
     {"Mul", "Div", "Add", "Sub", "Reshape", "Cast", "Where", "Identity", "Transpose", "Unsqueeze", "Squeeze", "Dropout"}
 )
-# What only moves elements: a value has its scale, and its codes, on both sides.
-_MOVES = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity", "MaxPool"})
-
+# What only moves elements, so that TensorRT may quantize before it or behind it.
+MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Gather", "Split", "Expand"})
 _PER_SAMPLE = ("macs", "activation_elements", "output_elements")
 
 
@@ -78,16 +77,17 @@ def _bordering(graph: ir.Graph, regions: list[Region], batch: int) -> tuple[Regi
     """Return ``regions`` with their crossings."""
     home = {node: r for r in regions for node in r.nodes}
     values = {v.name: v for n in graph for v in n.outputs}
-    reading = {(r.name, v) for r in regions for v in (*r.activations, *r.residuals)}
+    operands = [(r.anchors, r.activations) for r in regions] + [(r.nodes, r.residuals) for r in regions]
+    coded = {(node, value) for nodes, names in operands for node in nodes for value in names}
 
     def crossing(region: Region, name: str) -> Crossing | None:
         value = values.get(name)
-        while value is not None and (node := value.producer()) is not None and node.name not in home and node.op_type in _MOVES:
+        while value is not None and (node := value.producer()) is not None and node.name not in home and node.op_type in MOVES:
             value = node.inputs[0]
         producer = home.get(node.name or "") if value is not None and (node := value.producer()) is not None else None
         if value is None or producer is None or producer is region:
             return None
-        return Crossing(value.name or "", producer.name, _elements(value) // batch, _is_read_in_full(value, home, reading))
+        return Crossing(value.name or "", producer.name, _elements(value) // batch, _is_read_in_full(value, home, coded))
 
     def crossings(region: Region) -> tuple[Crossing, ...]:
         names = dict.fromkeys((*region.activations, *region.residuals))
@@ -96,16 +96,15 @@ def _bordering(graph: ir.Graph, regions: list[Region], batch: int) -> tuple[Regi
     return tuple(replace(r, crossings=crossings(r)) for r in regions)
 
 
-def _is_read_in_full(value: ir.Value, home: dict[str, Region], reading: set[tuple[str, str]]) -> bool:
-    """Return whether something reads ``value``, or what only moves its elements, and is no region that would quantize it."""
+def _is_read_in_full(value: ir.Value, home: Collection[str], coded: Collection[tuple[str, str]]) -> bool:
+    """Return whether a node reads ``value``, or what only moves its elements, whose operand is never quantized (not in ``coded``)."""
     if value.is_graph_output():
         return True
-    for node in {use.node for use in value.uses()}:
-        region = home.get(node.name or "")
-        if region is None and node.op_type in _MOVES:
-            if any(_is_read_in_full(v, home, reading) for v in node.outputs):
+    for node in dict.fromkeys(use.node for use in value.uses()):
+        if node.name not in home and node.op_type in MOVES:
+            if any(_is_read_in_full(v, home, coded) for v in node.outputs):
                 return True
-        elif region is None or (region.name, value.name or "") not in reading:
+        elif (node.name, value.name) not in coded:
             return True
     return False
 

@@ -27,7 +27,7 @@ HEAD = Region(
     parameters=100,
     residuals=("skip",),
     source="model.head",
-    crossings=(Crossing("features", "conv", 640, shared=True),),
+    crossings=(Crossing("features", "stem", 640, shared=True),),
 )
 PLAN = PrecisionPlan(
     base=FP16,
@@ -72,6 +72,10 @@ def _set(key: str, value: object) -> Callable[[dict[str, Any]], object]:
     return lambda body: body.__setitem__(key, value)
 
 
+def _crossing(key: str, value: object) -> Callable[[dict[str, Any]], object]:
+    return lambda body: body["regions"][1]["crossings"][0].__setitem__(key, value)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -81,6 +85,12 @@ def _set(key: str, value: object) -> Callable[[dict[str, Any]], object]:
         (_set("regions", [{"name": "stem"}]), "cannot be read"),
         (lambda body: body["regions"][0].__setitem__("format", "int3"), "unknown format 'int3'"),
         (_set("regions", 7), "cannot be read"),
+        (_crossing("producer", "gone"), "no region is named 'gone'"),
+        (_crossing("elements", "640"), "a crossing has a value, a producer, elements"),
+        (_crossing("elements", -1), "a crossing has a value, a producer, elements"),
+        (_crossing("shared", "false"), "a crossing has a value, a producer, elements"),
+        (_crossing("value", ["features"]), "a crossing has a value, a producer, elements"),
+        (_crossing("sharing", True), "cannot be read: TypeError"),
     ],
 )
 def test_other_files_are_refused(change: Callable[[dict[str, Any]], object], what: str) -> None:

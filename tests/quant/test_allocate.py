@@ -308,6 +308,12 @@ class TestReasons:
             "int8: saves 8000 bytes and takes an estimated 0.50 us more for -60.0 dB of noise"
         )
 
+    def test_say_where_nothing_would_be_gained(self) -> None:
+        problem = replace(self.problem(), latency={n: {"fp16": 2.0, "int8": 3.0, "fp8": 2.0} for n in "abc"})
+        assert problem.solve(Budget(latency=2.0))[0].reason == (
+            "kept in fp16: quantizing would save no time by estimate, and add -60.0 dB of noise"
+        )
+
     def test_say_so_where_the_error_is_bounded(self) -> None:
         chosen = self.problem().solve(Budget(sqnr=20), 1e-2)
         assert chosen[0].reason.endswith("of noise (least time within the error bound)")

@@ -97,7 +97,7 @@ class TestApart:
     def test_only_there(self) -> None:
         fused = estimate_all([self.WIDE], parse_target("tensorrt:sm_89"), batch=1)["r"]
         apart = estimate_all([self.WIDE], parse_target("tensorrt-rtx:sm_89"), batch=1)["r"]
-        assert {f for f in FORMATS if apart[f] != fused[f]} == {"int8", "fp8", "nvfp4"}
+        assert {f for f in FORMATS if apart[f] != fused[f]} == {"int8", "fp8", "nvfp4", "mxfp8"}
         moved = (1e6 * 1.5 + 2e6 * 4) + 2e6 * (4 + 1.5)
         assert apart["int8"] == pytest.approx(moved / (300e9 * 0.5) * 1e6 + 2 * 2.0)
 

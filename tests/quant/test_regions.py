@@ -240,6 +240,18 @@ class TestCrossings:
         text = f"({WIDE} x) => ({WIDE} y) {{ c1 = {CONV}(x, w1) s = Sin(c1) y = {CONV}(s, w2) }}"
         assert [r.crossings for r in partition(graph(text, **conv_weights("w1", "w2")))] == [(), ()]
 
+    def test_one_region_may_read_codes_and_the_whole_value(self) -> None:
+        """The product behind h takes codes, the Add behind that does not."""
+        text = "(float[N,16,32] x) => (float[N,16,32] y) { h = MatMul(x, w1) b = MatMul(h, w2) c = Relu(b) y = Add(c, h) }"
+        first, second = partition(graph(text, w1=weight(32, 32), w2=weight(32, 32, seed=1)))
+        assert [(c.value, c.producer, c.shared) for c in second.crossings] == [("h", first.name, True)]
+
+    def test_parts_of_a_value_cross_as_one(self) -> None:
+        text = """(float[N,16,32] x) => (float[N,16,32] y) {
+            h = MatMul(x, w1) a, b = Split<axis=-1, num_outputs=2>(h) c = MatMul(a, w2) d = MatMul(b, w3) y = Concat<axis=-1>(c, d) }"""
+        model = graph(text, w1=weight(32, 64), w2=weight(32, 16, seed=1), w3=weight(32, 16, seed=2))
+        assert [[(c.value, c.shared) for c in r.crossings] for r in partition(model)] == [[], [("h", False)], [("h", False)]]
+
 
 class TestWork:
     def test_does_not_depend_on_a_static_batch(self) -> None:
