@@ -7,7 +7,6 @@ between regions (``deploycc.quant.cost``), so neighbours in one format are worth
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import le
@@ -29,6 +28,7 @@ DEFAULT_BITS = 10.0
 DEFAULT_LATENCY_SLACK = 1.15
 _ROUNDING = 1e-9
 _GAP = 1e-6
+_PAIRWISE = 3  # readers of a value; what more of them agree on gets a column
 _LIMITED = " (least time within the error bound)"
 Costs = Mapping[str, Mapping[str, float]]
 
@@ -238,34 +238,44 @@ def _solve(problem: _Problem, bounds: Mapping[str, float], *, minimise: str) -> 
 def _conversions(problem: _Problem, choices: Sequence[Choice]) -> tuple[list[float], csr_matrix]:
     """Return the microseconds of every conversion that may be needed, and rows at most 0 that tell when it is.
 
-    Their columns are those of ``choices``, then those of the conversions. For a value and a format,
-    ``needed >= reads(r) - agreed`` for each reader r, ``agreed <= reads(r)`` and ``agreed <= writes(producer)``; where something reads
-    floating point in any case, nothing is agreed. A producer with a kernel of its own behind it needs none, whatever its format.
+    Their columns are those of ``choices``, then those of the conversions. A boundary needs a conversion into a format where
+    ``needed >= reads(r) - agreed`` for a reader r, with ``agreed <= reads(r)`` for all of them and ``agreed <= writes(producer)``; where
+    something reads floating point in any case, nothing is agreed. A producer with a kernel of its own behind it needs none, whatever its
+    format. Formats that only one reader reads, and the producer does not write, share a column: that is the tighter program.
     """
-    column = {(c.region, c.format.name): i for i, c in enumerate(choices)}
-    index = {region.name: i for i, region in enumerate(problem.regions)}
-    formats = dict.fromkeys(c.format.name for c in choices if c.format.codes_activations)
+    coded: dict[str, dict[str, int]] = {region.name: {} for region in problem.regions}
+    for i, choice in enumerate(choices):
+        if choice.format.codes_activations:
+            coded[problem.regions[choice.region].name][choice.format.name] = i
     costs: list[float] = []
     rows: list[dict[int, float]] = []
-    for boundary, format in itertools.product(problem.boundaries, formats):
-        producer, *readers = (column.get((index[name], format)) for name in boundary.regions)
-        reading = [r for r in readers if r is not None]
-        if not reading:
-            continue
-        needed = len(choices) + len(costs)
-        costs.append(boundary.microseconds)
-        if boundary.is_apart:
-            converting = {j: -1.0 for f in formats if (j := column.get((index[boundary.producer], f))) is not None}
-            rows.extend({r: 1.0, **converting, needed: -1.0} for r in reading)
-        elif boundary.shared or producer is None or len(reading) < len(readers):
-            rows.extend({r: 1.0, needed: -1.0} for r in reading)
-        elif len(reading) == 1:
-            rows.append({reading[0]: 1.0, producer: -1.0, needed: -1.0})
-        else:
-            agreed = len(choices) + len(costs)
-            costs.append(0.0)
-            rows.extend({r: 1.0, agreed: -1.0, needed: -1.0} for r in reading)
-            rows.extend({agreed: 1.0, r: -1.0} for r in (producer, *reading))
+
+    def column(cost: float) -> int:
+        costs.append(cost)
+        return len(choices) + len(costs) - 1
+
+    for boundary in problem.boundaries:
+        writes, reads = coded[boundary.producer], [coded[name] for name in boundary.readers]
+        converting = dict.fromkeys(writes.values(), -1.0) if boundary.is_apart else {}
+        agreeable = {f for f in writes if all(f in each for each in reads)} if not (boundary.is_apart or boundary.shared) else set()
+        alone = dict.fromkeys((i for f, i in reads[0].items() if f not in agreeable), 1.0) if len(reads) == 1 else {}
+        if alone:
+            rows.append({**alone, **converting, column(boundary.microseconds): -1.0})
+        needed = []
+        for format in dict.fromkeys(f for each in reads for f, i in each.items() if i not in alone):
+            reading = [each[format] for each in reads if format in each]
+            needed.append(column(boundary.microseconds))
+            if format in agreeable and len(reading) <= _PAIRWISE:
+                others = (writes[format], *reading)
+                rows.extend({r: 1.0, other: -1.0, needed[-1]: -1.0} for r in reading for other in others if other != r)
+            elif format in agreeable:
+                agreed = column(0.0)
+                rows.extend({r: 1.0, agreed: -1.0, needed[-1]: -1.0} for r in reading)
+                rows.extend({agreed: 1.0, r: -1.0} for r in (writes[format], *reading))
+            else:
+                rows.extend({r: 1.0, **converting, needed[-1]: -1.0} for r in reading)
+        if converting and needed:  # Whatever a reader reads is one of them.
+            rows.extend({**dict.fromkeys(each.values(), 1.0), **converting, **dict.fromkeys(needed, -1.0)} for each in reads if each)
     entries = [(value, i, j) for i, row in enumerate(rows) for j, value in row.items()]
     values, where = [value for value, *_ in entries], np.array([place for _, *place in entries], dtype=int).reshape(-1, 2)
     return costs, csr_matrix((values, (where[:, 0], where[:, 1])), shape=(len(rows), len(choices) + len(costs)))

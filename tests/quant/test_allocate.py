@@ -118,7 +118,7 @@ def problems(draw: st.DrawFn) -> Problem:
     names = [r.name for r in regions]
     boundaries = []
     for i, producer in enumerate(names[:-1]):
-        if readers := draw(st.lists(st.sampled_from(names[i + 1 :]), max_size=2, unique=True)):
+        if readers := draw(st.lists(st.sampled_from(names[i + 1 :]), max_size=5, unique=True)):
             cost = draw(st.integers(1, 200)) / 10
             boundaries.append(Boundary(f"v{i}", producer, tuple(readers), draw(st.booleans()), cost, draw(st.booleans())))
     return Problem(tuple(regions), noise, latency, boundaries=tuple(boundaries))
