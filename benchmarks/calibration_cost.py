@@ -33,7 +33,7 @@ from deploycc.quant.regions import partition
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet50", "mobilenetv2_100")
 METHODS: tuple[Clipping, ...] = (MinMax(), Percentile(), Mse(), Entropy())
-FEW, MANY, ROUNDS, BATCH = 8, 40, 3, 8
+FEW, MANY, ROUNDS, BATCH = 8, 40, 7, 8
 
 
 def costs() -> Iterator[str]:

@@ -129,6 +129,13 @@ def append_node(graph: ir.Graph, node: ir.Node) -> ir.Value:
     return output
 
 
+def reduction(op: str, value: ir.Value, axes: Sequence[int], graph: ir.Graph, name: str) -> ir.Node:
+    """Return a node that reduces ``value`` over ``axes`` and drops them, as the opset of ``graph`` writes it; it is in no graph yet."""
+    if graph.opset_imports.get("", 0) < 18:
+        return ir.node(op, [value], {"keepdims": 0, "axes": list(axes)}, name=name)
+    return ir.node(op, [value, add_initializer(graph, f"{name}_axes", np.array(axes, np.int64))], {"keepdims": 0}, name=name)
+
+
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of ``old`` read ``new``; a graph output keeps its name, type and shape."""
     graph = new.graph or old.graph

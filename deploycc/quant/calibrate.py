@@ -2,6 +2,8 @@
 
 For every observed value the graph gets a ``ReduceMin``, a ``ReduceMax`` and a strided sample per image, so that only scalars
 and small samples leave the runtime, whatever the size of the maps. Memory does not grow with the number of images.
+Maps between convolutions are observed by pooling: ONNX Runtime keeps them in blocks of channels, in which it also pools, while any
+other operator has the whole map rearranged first, and that took longer than the observation.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import numpy as np
 import onnx_ir as ir
 
 from deploycc.core.errors import UsageError
-from deploycc.core.graph import FLOAT_TYPES, add_initializer, append_node
+from deploycc.core.graph import FLOAT_TYPES, add_initializer, float_attribute, reduction, scalar
 from deploycc.quant.observers import Observer
 
 if TYPE_CHECKING:
     from deploycc.core.backend import Reference
     from deploycc.core.data import Dataset
 
-SAMPLE_PER_ROW = 512
+SAMPLE_PER_ROW = 1024
+LEAST_POSITIONS = 6  # along the shorter side of a map
 NON_NEGATIVE = frozenset({"Relu", "Softmax", "Sigmoid", "Abs", "HardSigmoid"})
+KEEPS_SIGN = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Reshape", "Transpose", "Squeeze", "ReduceMean"})
 Progress = Callable[[int, int], None]
 
 
@@ -79,11 +83,13 @@ def _take(observer: Observer, name: str, what: str, value: np.ndarray, *, finite
     if what == "sample":
         magnitudes = np.abs(value.astype(np.float32, copy=False))
         # The runtime's minimum and maximum pass over NaN, so it is looked for here.
-        if np.isnan(magnitudes.sum()) and np.isnan(magnitudes).any():
+        if np.isnan(magnitudes.max(initial=0.0)):
             raise _not_finite(name, math.nan)
         observer.histogram.add(magnitudes)
         return
-    number = float(value.reshape(-1)[0])
+    if value.size == 0:  # There may be none of what is counted by the data.
+        return
+    number = float(value.min() if what == "lowest" else value.max())
     if math.isnan(number) or (finite_only and math.isinf(number)):
         raise _not_finite(name, number)
     if math.isfinite(number):
@@ -101,50 +107,110 @@ def _not_finite(name: str, number: float) -> UsageError:
 def _with_probes(model: ir.Model, ranges: Sequence[str], extremes: Sequence[str]) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
     """Return a clone with probe outputs, and what each probe output is: ``{output: (value, kind)}``."""
     clone = model.clone()
-    graph = clone.graph
-    values = {v.name: v for v in graph.inputs} | {v.name: v for node in graph for v in node.outputs}
+    values = {v.name: v for v in clone.graph.inputs} | {v.name: v for node in clone.graph for v in node.outputs}
     probes: dict[str, tuple[str, str]] = {}
     for name in dict.fromkeys((*ranges, *extremes)):
         value = values[name]
         if value.dtype not in FLOAT_TYPES:
             raise TypeError(f"'{name}' is {value.dtype}, and only floating-point values have ranges")
-        producer = value.producer()
-        lowest = () if producer is not None and producer.op_type in NON_NEGATIVE else ("ReduceMin",)
-        for op in (*lowest, "ReduceMax"):
-            _probe(graph, probes, ir.node(op, [value], {"keepdims": 0}), name, op)
-        if name in ranges:
-            _add_sample(graph, probes, value, name)
+        probe = _Probe(clone.graph, value, f"probe_{len(probes)}")
+        found = probe.extremes() | (probe.sample() if name in ranges else {})
+        for what, output in found.items():
+            clone.graph.outputs.append(output)
+            probes[output.name or ""] = (name, what)
     return clone, probes
 
 
-def _probe(graph: ir.Graph, probes: dict[str, tuple[str, str]], node: ir.Node, name: str, what: str) -> None:
-    node.name = f"probe_{len(probes)}"
-    output = node.outputs[0]
-    output.name = f"probe_{len(probes)}_{what}"
-    output.type = node.inputs[0].type if node.inputs[0] is not None else None
-    graph.append(node)
-    graph.outputs.append(output)
-    probes[output.name] = (name, what)
+class _Probe:
+    """Nodes that observe one value, each right behind the one before, so that they run while the value is in the cache."""
+
+    def __init__(self, graph: ir.Graph, value: ir.Value, name: str) -> None:
+        self.graph, self.value, self.name = graph, value, name
+        self.last, self.count = value.producer(), 0
+
+    def extremes(self) -> dict[str, ir.Value]:
+        """Return the lowest and highest of the value, or of parts of it; the lowest only where it may be negative."""
+        if _is_non_negative(self.value):
+            return {"highest": self._put("GlobalMaxPool", self.value) if _is_map(self.value) else self._reduced("ReduceMax")}
+        return {"lowest": self._reduced("ReduceMin"), "highest": self._reduced("ReduceMax")}
+
+    def sample(self) -> dict[str, ir.Value]:
+        """Return every k-th element of each image; k has no common factor with their number, so that no channel is favoured."""
+        value = self._thinned() if _is_map(self.value) else self.value
+        shape = list(value.shape) if value.shape is not None else []
+        axis = _batch_axis(self.graph, shape)
+        row = math.prod(d for i, d in enumerate(shape) if i != axis and isinstance(d, int))
+        stride = max(1, row // SAMPLE_PER_ROW)
+        while stride > 1 and math.gcd(stride, max(row, 1)) != 1:
+            stride += 1
+        if axis:
+            value = self._put("Transpose", value, perm=[axis, *(i for i in range(len(shape)) if i != axis)])
+        return {"sample": self._sliced(self._put("Flatten", value, axis=1), [0], [1], stride)}
+
+    def _thinned(self) -> ir.Value:
+        """Return a grid of positions of a map, with at least four times ``SAMPLE_PER_ROW`` elements per image; a small map as it is.
+
+        An average over windows of one element keeps NaN, which a maximum may pass over. Every other position gives the border its due;
+        of a coarser grid the first row and column are left out, since the border would be a larger part of it than of the map.
+        """
+        batch, channels, height, width = self.value.shape  # type: ignore[misc, union-attr]
+        step = min(height, width) // LEAST_POSITIONS
+        while step > 1 and channels * (height // step) * (width // step) < 4 * SAMPLE_PER_ROW:
+            step -= 1
+        if step <= 1:
+            return self.value
+        first = int(step > 2)
+        inside = self._put("AveragePool", self.value, kernel_shape=[1, 1], strides=[step, step])
+        if first:
+            inside = self._sliced(inside, [first, first], [2, 3])
+        inside.shape = ir.Shape([batch, channels, *((size - 1) // step + 1 - first for size in (height, width))])
+        return inside
+
+    def _reduced(self, op: str) -> ir.Value:
+        """Return the extremes of each image: two images are searched at the same time, one value is not."""
+        axes = range(1 if len(self.value.shape or ()) > 1 else 0, len(self.value.shape or ()))
+        return self._behind(reduction(op, self.value, axes, self.graph, f"{self.name}_{op}"))
+
+    def _sliced(self, value: ir.Value, starts: Sequence[int], axes: Sequence[int], step: int = 1) -> ir.Value:
+        bounds = (starts, [2**62] * len(axes), axes, [step] * len(axes))
+        return self._put(
+            "Slice", value, *(add_initializer(self.graph, f"{self.name}_{self.count}_{i}", np.array(b, np.int64)) for i, b in enumerate(bounds))
+        )
+
+    def _put(self, op: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        return self._behind(ir.node(op, inputs, attributes, name=f"{self.name}_{self.count}"))  # type: ignore[arg-type]
+
+    def _behind(self, node: ir.Node) -> ir.Value:
+        if self.last is None:
+            self.graph.insert_before(self.graph[0], node)
+        else:
+            self.graph.insert_after(self.last, node)
+        output = node.outputs[0]
+        output.name, output.type = f"{node.name}_out", self.value.type
+        self.last, self.count = node, self.count + 1
+        return output
 
 
-def _add_sample(graph: ir.Graph, probes: dict[str, tuple[str, str]], value: ir.Value, name: str) -> None:
-    """Sample every k-th element of each image; k has no common factor with their number, so that no channel is favoured."""
-    shape = list(value.shape) if value.shape is not None else []
-    axis = _batch_axis(graph, shape)
-    row = math.prod(d for i, d in enumerate(shape) if i != axis and isinstance(d, int))
-    stride = max(1, row // SAMPLE_PER_ROW)
-    while stride > 1 and math.gcd(stride, max(row, 1)) != 1:
-        stride += 1
-    flat = value
-    if axis:
-        order = [axis, *(i for i in range(len(shape)) if i != axis)]
-        flat = append_node(graph, ir.node("Transpose", [flat], {"perm": order}, name=f"probe_turn_{len(probes)}"))
-    flat = append_node(graph, ir.node("Flatten", [flat], {"axis": 1}, name=f"probe_flat_{len(probes)}"))
-    bounds = [
-        add_initializer(graph, f"probe_{len(probes)}_{k}", np.array([v], np.int64))
-        for k, v in (("start", 0), ("end", 2**62), ("axis", 1), ("step", stride))
-    ]
-    _probe(graph, probes, ir.node("Slice", [flat, *bounds]), name, "sample")
+def _is_non_negative(value: ir.Value) -> bool:
+    """Return whether no element can be below zero, by the operator that makes the value or those before it that only move elements."""
+    node = value.producer()
+    while node is not None and node.op_type in KEEPS_SIGN and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None:
+        return False
+    if node.op_type == "Clip":
+        lowest = scalar(node.inputs[1]) if len(node.inputs) > 1 else float_attribute(node, "min", -math.inf)
+        return lowest is not None and lowest >= 0.0
+    return node.op_type in NON_NEGATIVE
+
+
+def _is_map(value: ir.Value) -> bool:
+    """Return whether ``value`` is ``[batch, channels, height, width]`` in FP32 beside a convolution, with a size that is known."""
+    shape = value.shape
+    if value.dtype != ir.DataType.FLOAT or shape is None or len(shape) != 4 or not all(isinstance(d, int) for d in shape[1:]):
+        return False
+    beside = (value.producer(), *(use.node for use in value.uses()))
+    return any(node is not None and node.op_type == "Conv" for node in beside)
 
 
 def _batch_axis(graph: ir.Graph, shape: Sequence[object]) -> int:

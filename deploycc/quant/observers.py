@@ -28,8 +28,8 @@ class Histogram:
         top = float(magnitudes.max())
         while top >= 2.0**self.exponent:
             self._grow(max(1, math.frexp(top)[1] - self.exponent))
-        index = (magnitudes * np.float32(BINS * 2.0**-self.exponent)).astype(np.int32)
-        np.minimum(index, BINS - 1, out=index)
+        # A product with a power of two is exact, so that the index of what is below 2^exponent is below BINS.
+        index = (magnitudes * np.float32(BINS * 2.0**-self.exponent)).astype(np.intp)
         self.counts += np.bincount(index.reshape(-1), minlength=BINS)
 
     def _grow(self, steps: int) -> None:

@@ -95,6 +95,71 @@ def test_a_sample_is_drawn_from_large_maps(tmp_path: Path) -> None:
     assert drawn.reshape(-1, 40).any(0).all()
 
 
+MAPS = """(float[N,16,{0},{0}] x) => (float[N,16,{0},{0}] y) {{
+    c = Conv<pads=[1,1,1,1]>(x, w) r = {1}(c{2}) y = Conv<pads=[1,1,1,1]>(r, u) }}"""
+
+
+@pytest.mark.parametrize(("act", "bounds"), [("Relu", ""), ("Clip", ", low, high"), ("Tanh", "")])
+@pytest.mark.parametrize("size", [7, 13, 26, 56])
+def test_maps_between_convolutions_are_pooled(tmp_path: Path, act: str, bounds: str, size: int) -> None:
+    """Extremes are exact wherever they are, also at the edges that the sample leaves out, and the sample is of the map."""
+    low, high = np.float32(0), np.float32(6)
+    limits = {"low": low, "high": high} if bounds else {}
+    model = graph(MAPS.format(size, act, bounds), w=np.eye(16, dtype=np.float32)[:, :, None, None] * np.ones((1, 1, 3, 3), np.float32),
+                  u=weight(16, 16, 3, 3), **limits)  # fmt: skip
+    x = 0.1 * random(5, 16, size, size)
+    for i, (row, column) in enumerate([(0, 0), (0, size - 1), (size - 1, 0), (size - 1, size - 1), (size // 2, size // 2)]):
+        x[i, i, row, column] = 5.0 + i
+    seen = observe(tmp_path, model, ranges=["c", "r"], x=x)
+    true = OnnxRuntime().executor(watched(model, "c", "r"))({"x": x})
+    for name in ("c", "r"):
+        observer = seen.observers[name]
+        assert observer.high == pytest.approx(true[name].max(), rel=1e-6)
+        if name == "c" or act == "Tanh":
+            assert observer.low == pytest.approx(true[name].min(), rel=1e-6)
+        counted = observer.histogram.counts.sum() / 5
+        assert min(0.7 * SAMPLE_PER_ROW, 16 * size * size / 2) <= counted <= 1.05 * min(SAMPLE_PER_ROW, 16 * size * size)
+        grid = (np.arange(len(observer.histogram.counts)) + 0.5) * observer.histogram.width
+        rms = np.sqrt(np.average(grid**2, weights=observer.histogram.counts))
+        assert rms == pytest.approx(np.sqrt(np.mean(true[name] ** 2)), rel=0.2)
+
+
+def watched(model: ir.Model, *names: str) -> ir.Model:
+    clone = model.clone()
+    clone.graph.outputs.extend(v for node in clone.graph for v in node.outputs if v.name in names)
+    return clone
+
+
+def test_nan_in_a_map_names_it(tmp_path: Path) -> None:
+    text = "(float[N,16,28,28] x) => (float[N,16,28,28] y) { s = Sqrt(x) c = Conv<pads=[1,1,1,1]>(s, w) y = Relu(c) }"
+    x = np.ones((2, 16, 28, 28), np.float32)
+    x[1, :, 10:20, 10:20] = -1.0
+    model = graph(text, w=weight(16, 16, 3, 3))
+    with pytest.raises(UsageError, match="the value 'c' becomes nan in calibration"):
+        observe(tmp_path, model, ranges=["c"], x=x)
+
+
+@pytest.mark.parametrize("version", [17, 18])
+def test_every_opset_is_observed(tmp_path: Path, version: int) -> None:
+    model = graph("(float[N,4,9] x) => (float[N,4,9] y) { y = Tanh(x) }")
+    model.graph.opset_imports[""] = version
+    x = random(3, 4, 9)
+    seen = observe(tmp_path, model, ranges=["x"], x=x).observers["x"]
+    assert (seen.low, seen.high) == (x.min(), x.max())
+
+
+def test_a_value_without_elements_has_no_range(tmp_path: Path) -> None:
+    """How many rows NonZero finds depends on the data: here none in the second batch."""
+    model = graph(
+        "(float[N,6] x) => (float[M,1] y) { z = NonZero(x) t = Transpose(z) f = Cast<to=1>(t) y = MatMul(f, w) }",
+        w=np.ones((2, 1), np.float32),
+    )
+    x = np.zeros((4, 6), np.float32)
+    x[1, 5] = 1.0
+    seen = observe(tmp_path, model, batch=2, ranges=["f"], x=x).observers["f"]
+    assert seen.high == 5.0
+
+
 @pytest.mark.parametrize("position", [0, 1, 17, 287])
 def test_nan_names_the_value(tmp_path: Path, position: int) -> None:
     """ONNX Runtime's ReduceMin and ReduceMax pass over NaN; here the value is NaN for one number of one sample."""
