@@ -7,7 +7,6 @@ and the only way in which the CPU provider runs FP8.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import tempfile
 import time
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from deploycc.backends.memory import peak_rss_mb
 from deploycc.backends.modelfile import copy_model
+from deploycc.backends.sessions import session, session_options
 from deploycc.core import child
 from deploycc.core.backend import BuildOptions, Engine, Executor, Feeds, Realised
 from deploycc.core.errors import BackendError
@@ -31,12 +30,8 @@ if TYPE_CHECKING:
     from deploycc.core.shapes import Profile
     from deploycc.core.target import Target
 
-# From 1.31 it reports each session to its makers unless told otherwise, and leaves a file in the temporary folder to do so.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Protobuf refuses messages of 2 GiB; larger constants travel through a file.
 INLINE_LIMIT = 1_500_000_000
-# Of QuantizeLinear to FP8 these know nothing (seen in 1.31): the first removes a Relu before it, the second refuses a Clip before it.
-WRONG_OPTIMIZERS = ["ReluQuantRewrite", "ClipQuantRewrite"]
 _NODE_IN_ERROR = (
     r"[Nn]ode\s*\(([^)\s]+)\)",
     r"Name:'([^']*)'",
@@ -81,7 +76,7 @@ class OnnxRuntime:
         """
         start, seconds = time.perf_counter(), options.timeout or LOAD_TIMEOUT
         try:
-            answer = child.call("deploycc.backends.onnxruntime:load_in_child", {"model": str(model)}, timeout=seconds)
+            answer = child.call("deploycc.backends.sessions:load_in_child", {"model": str(model)}, timeout=seconds)
         except child.ChildTimedOut:
             what = f"ONNX Runtime did not load the model within {seconds:.0f} s"
             raise BackendError(what, at=str(model), fix="raise --timeout") from None
@@ -138,22 +133,9 @@ class _Session:
             return dict(zip(names, self.session.run(names, cast), strict=True))
 
 
-def load_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a file as it will be deployed: the child's side of `OnnxRuntime.build`."""
-    import onnxruntime
-
-    onnxruntime.InferenceSession(
-        request["model"], _session_options(), providers=["CPUExecutionProvider"], disabled_optimizers=WRONG_OPTIMIZERS
-    )
-    return {"peak_rss_mb": peak_rss_mb()}
-
-
 def _session(model: ir.Model) -> Any:
     """Return a CPU session of ``model``; constants that lie in files stay there and are memory-mapped."""
-    import onnxruntime
-
-    options = _session_options()
-    providers = ["CPUExecutionProvider"]
+    options = session_options()
     tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
     external = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
     folders = {str(Path(t.base_dir).resolve()) for t in external}
@@ -161,25 +143,11 @@ def _session(model: ir.Model) -> Any:
     if inline < INLINE_LIMIT and len(folders) <= 1:
         for folder in folders:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        return onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=providers, disabled_optimizers=WRONG_OPTIMIZERS
-        )
+        return session(ir.to_proto(model).SerializeToString(), options)
     with tempfile.TemporaryDirectory(prefix="deploycc-reference-") as scratch:
         path = Path(scratch, "model.onnx")
         ir.save(model, path, external_data="model.onnx.data")
-        return onnxruntime.InferenceSession(str(path), options, providers=providers, disabled_optimizers=WRONG_OPTIMIZERS)
-
-
-def _session_options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = os.cpu_count() or 1
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # A pattern of one run's memory is laid out anew for the second, and few runs never earn back what it costs to touch its pages.
-    options.enable_mem_pattern = False
-    return options
+        return session(str(path), options)
 
 
 @contextlib.contextmanager

@@ -13,14 +13,14 @@ from operator import le
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 
 from deploycc.core.budget import Budget
 from deploycc.core.errors import BudgetError
 from deploycc.core.plan import Assignment, Region
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
     from deploycc.core.formats import Format
     from deploycc.quant.cost import Boundary
 
@@ -215,6 +215,9 @@ def _least(problem: _Problem, name: str) -> float:
 
 def _solve(problem: _Problem, bounds: Mapping[str, float], *, minimise: str) -> list[Choice] | None:
     """Minimise one quantity (the other breaks ties) with one choice per region; None when the bounds cannot be met."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which no other precision should wait for
+    from scipy.sparse import csr_matrix
+
     usable, count = _undominated(problem, bounds, minimise), len(problem.regions)
     if len({c.region for c in usable}) < count:
         return None
@@ -247,6 +250,8 @@ def _conversions(problem: _Problem, choices: Sequence[Choice]) -> tuple[list[flo
     for i, choice in enumerate(choices):
         if choice.format.codes_activations:
             coded[problem.regions[choice.region].name][choice.format.name] = i
+    from scipy.sparse import csr_matrix
+
     costs: list[float] = []
     rows: list[dict[int, float]] = []
 

@@ -174,7 +174,9 @@ class _Probe:
     def _sliced(self, value: ir.Value, starts: Sequence[int], axes: Sequence[int], step: int = 1) -> ir.Value:
         bounds = (starts, [2**62] * len(axes), axes, [step] * len(axes))
         return self._put(
-            "Slice", value, *(add_initializer(self.graph, f"{self.name}_{self.count}_{i}", np.array(b, np.int64)) for i, b in enumerate(bounds))
+            "Slice",
+            value,
+            *(add_initializer(self.graph, f"{self.name}_{self.count}_{i}", np.array(b, np.int64)) for i, b in enumerate(bounds)),
         )
 
     def _put(self, op: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
