@@ -131,12 +131,13 @@ class _Probe:
     def extremes(self) -> dict[str, ir.Value]:
         """Return the lowest and highest of the value, or of parts of it; the lowest only where it may be negative."""
         if _is_non_negative(self.value):
-            return {"highest": self._put("GlobalMaxPool", self.value) if _is_map(self.value) else self._reduced("ReduceMax")}
+            return {"highest": self._put("GlobalMaxPool", self.value) if _map_sizes(self.value) else self._reduced("ReduceMax")}
         return {"lowest": self._reduced("ReduceMin"), "highest": self._reduced("ReduceMax")}
 
     def sample(self) -> dict[str, ir.Value]:
         """Return every k-th element of each image; k has no common factor with their number, so that no channel is favoured."""
-        value = self._thinned() if _is_map(self.value) else self.value
+        sizes = _map_sizes(self.value)
+        value = self._thinned(sizes) if sizes is not None else self.value
         shape = list(value.shape) if value.shape is not None else []
         axis = _batch_axis(self.graph, shape)
         row = math.prod(d for i, d in enumerate(shape) if i != axis and isinstance(d, int))
@@ -147,13 +148,13 @@ class _Probe:
             value = self._put("Transpose", value, perm=[axis, *(i for i in range(len(shape)) if i != axis)])
         return {"sample": self._sliced(self._put("Flatten", value, axis=1), [0], [1], stride)}
 
-    def _thinned(self) -> ir.Value:
+    def _thinned(self, sizes: tuple[int, int, int]) -> ir.Value:
         """Return a grid of positions of a map, with at least four times ``SAMPLE_PER_ROW`` elements per image; a small map as it is.
 
         An average over windows of one element keeps NaN, which a maximum may pass over. Every other position gives the border its due;
         of a coarser grid the first row and column are left out, since the border would be a larger part of it than of the map.
         """
-        batch, channels, height, width = self.value.shape  # type: ignore[misc, union-attr]
+        channels, height, width = sizes
         step = min(height, width) // LEAST_POSITIONS
         while step > 1 and channels * (height // step) * (width // step) < 4 * SAMPLE_PER_ROW:
             step -= 1
@@ -163,6 +164,7 @@ class _Probe:
         inside = self._put("AveragePool", self.value, kernel_shape=[1, 1], strides=[step, step])
         if first:
             inside = self._sliced(inside, [first, first], [2, 3])
+        batch = self.value.shape[0] if self.value.shape is not None else None
         inside.shape = ir.Shape([batch, channels, *((size - 1) // step + 1 - first for size in (height, width))])
         return inside
 
@@ -206,13 +208,13 @@ def _is_non_negative(value: ir.Value) -> bool:
     return node.op_type in NON_NEGATIVE
 
 
-def _is_map(value: ir.Value) -> bool:
-    """Return whether ``value`` is ``[batch, channels, height, width]`` in FP32 beside a convolution, with a size that is known."""
-    shape = value.shape
-    if value.dtype != ir.DataType.FLOAT or shape is None or len(shape) != 4 or not all(isinstance(d, int) for d in shape[1:]):
-        return False
+def _map_sizes(value: ir.Value) -> tuple[int, int, int] | None:
+    """Return channels, height and width of ``[batch, channels, height, width]`` in FP32 beside a convolution; None of anything else."""
+    if value.dtype != ir.DataType.FLOAT or value.shape is None or len(value.shape) != 4:
+        return None
     beside = (value.producer(), *(use.node for use in value.uses()))
-    return any(node is not None and node.op_type == "Conv" for node in beside)
+    sizes = [d for d in value.shape[1:] if isinstance(d, int)]
+    return (sizes[0], sizes[1], sizes[2]) if len(sizes) == 3 and any(n is not None and n.op_type == "Conv" for n in beside) else None
 
 
 def _batch_axis(graph: ir.Graph, shape: Sequence[object]) -> int:
