@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,10 +61,20 @@ def linear_formats(group: Sequence[ir.Node], *, transformer: bool) -> Verdict:
     shapes = [static_shape(node.inputs[1]) or (0,) for node in group]
     if min(map(min, shapes)) < 16:
         return (), ("S1",)
-    if transformer and any(v.is_graph_output() for n in group for v in _tail(n)):
-        return ("int8",), ("P16",)
     blocked = [f.name for f in FORMATS.values() if f.block and all(_fills_blocks(n, s, f) for n, s in zip(group, shapes, strict=True))]
-    return ("int8", "fp8", *blocked), () if blocked else ("R6",)
+    is_head = transformer and any(v.is_graph_output() for n in group for v in _tail(n))
+    rules = ("P16",) if is_head else () if blocked else ("R6",)
+    offered = () if is_head else tuple(blocked)
+    if all(_rows(node) == 1 for node in group):  # It waits for its weight, which blocks make shorter still.
+        return offered, ("S1", *rules)
+    return (("int8",) if is_head else ("int8", "fp8", *offered)), rules
+
+
+def _rows(node: ir.Node) -> int:
+    """Return how many rows a product has; 0 where that is not fixed."""
+    shape = node.outputs[0].shape
+    rows = list(shape[:-1]) if shape is not None else []
+    return math.prod(d if isinstance(d, int) else 0 for d in rows) if rows else 0
 
 
 def _fills_blocks(node: ir.Node, shape: tuple[int, ...], format: Format) -> bool:

@@ -29,6 +29,7 @@ def attention(sequence: int, head: int) -> tuple[tuple[str, ...], tuple[str, ...
 
 
 BOTH = ("int8", "fp8")
+BLOCKED = ("int4", "nvfp4", "mxfp8")
 
 
 class TestS1:
@@ -38,6 +39,14 @@ class TestS1:
 
     def test_sixteen_is_enough(self) -> None:
         assert linear(16, 16) == (BOTH, ("R6",))
+
+    @pytest.mark.parametrize(
+        ("rows", "found"), [("1,1", (BLOCKED, ("S1",))), ("1,2", ((*BOTH, *BLOCKED), ())), ("B,1", ((*BOTH, *BLOCKED), ()))]
+    )
+    def test_a_single_row_only_waits_for_its_weight(self, rows: str, found: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+        model = graph(f"(float[{rows},64] x) => (float[{rows},64] y) {{ y = MatMul(x, w) }}", w=weight(64, 64))
+        (region,) = partition(model)
+        assert (region.formats, region.rules) == found
 
 
 class TestS2:
