@@ -422,14 +422,23 @@ def replay(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A buil
 
 @app.command()
 def targets(
-    probe: Annotated[bool, typer.Option("--probe", help="Ask the installed TensorRT-RTX again, operator by operator (minutes).")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Ask the builders installed here, operator by operator (minutes); later builds go by it.")
+    ] = False,
     write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was probed as JSON.")] = None,
 ) -> None:
     """List what each target computes natively, and which operators its builder was found to refuse."""
     from deploycc import probe as probing
     from deploycc.backends.probed import recorded
 
-    found = probing.probe_all(("tensorrt-rtx",), lambda name: print(name, file=sys.stderr)) if probe else recorded()
+    if probe:
+        builders = probing.installed()
+        if not builders:
+            raise UsageError("there is no builder to ask", at="--probe", fix="`deploycc doctor` says what is missing of each")
+        found = probing.probe_all(builders, lambda name: print(name, file=sys.stderr))
+        print(f"kept in {probing.remember(found)}", file=sys.stderr)
+    else:
+        found = recorded()
     print(probing.describe(found))
     if write is not None:
         probing.write(found, write)

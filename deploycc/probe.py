@@ -6,8 +6,10 @@ Formats are asked for as a build asks for them, by the passes that insert precis
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import onnx
 
 from deploycc import registry
-from deploycc.backends.probed import COMPUTES, SCHEMA, recorded
+from deploycc.backends.probed import COMPUTES, SCHEMA, cache_file, recorded
 from deploycc.core.backend import BuildOptions
 from deploycc.core.contract import LOWERED
 from deploycc.core.errors import BackendError
@@ -109,7 +111,10 @@ def probe(target: Target, names: Sequence[str] = tuple(PROBES), watch: Callable[
 
 
 def probe_format(target: Target, format: Format) -> dict[str, str]:
-    """Return, per operator, nothing when ``target`` computes it in ``format``, else what it computes in, or why it builds no engine."""
+    """Return, per operator, nothing when ``target`` computes it in ``format``, else what it computes in, or why it builds no engine.
+
+    Of an engine that does not say what it computes in, it counts that it was built.
+    """
     backend, found = registry.backend(target.backend), {}
     base = FP16 if format.is_quantized else format
     with tempfile.TemporaryDirectory(prefix="deploycc-probe-") as folder:
@@ -119,7 +124,7 @@ def probe_format(target: Target, format: Format) -> dict[str, str]:
             try:
                 engine = backend.build(model, target, out=out, profiles=(), options=BuildOptions(timeout=TIMEOUT))
                 (seen,) = audit(plan, engine)
-                found[operator] = "" if seen.verdict == "ok" else f"{COMPUTES} {seen.realised}"
+                found[operator] = f"{COMPUTES} {seen.realised}" if seen.verdict == "mismatch" else ""
             except BackendError as error:
                 found[operator] = _said(error)
     return found
@@ -164,7 +169,7 @@ def probe_all(backends: Sequence[str], watch: Callable[[str], None]) -> dict[str
             watch(f"{name}:{arch} formats")
             return {f.name: probe_format(Target(name, (arch,)), f) for f in FORMATS.values()}
 
-        archs = ARCHS[name]
+        archs = architectures(name)
         formats = {arch: formats_of(arch) for arch in archs}
         version = registry.backend(name).doctor()["version"]
         return {"version": version, "archs": {arch: of_arch(arch) for arch in archs}, "formats": formats}
@@ -172,9 +177,33 @@ def probe_all(backends: Sequence[str], watch: Callable[[str], None]) -> dict[str
     return {"schema": SCHEMA, "backends": {name: of_backend(name) for name in backends}}
 
 
+def installed() -> tuple[str, ...]:
+    """Return the backends whose builder this machine has: TensorRT counts where it has a GPU to build for."""
+    return tuple(name for name in ARCHS if ARCHS[name] and registry.backend(name).doctor()["available"])
+
+
+def architectures(name: str) -> tuple[str, ...]:
+    """Return the architectures that the builder of ``name`` can be asked about here: all, or that of the GPU that it needs."""
+    gpu = registry.backend(name).doctor().get("gpu")
+    return (gpu,) if gpu else ARCHS[name]
+
+
+def remember(body: Mapping[str, Any]) -> Path:
+    """Keep what was probed for the builds on this machine, beside what was probed with other builders; return the file."""
+    path, before = cache_file(), {}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # What cannot be read is what a new probe makes up for.
+        before = dict(json.loads(path.read_text())["backends"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}.tmp")
+    write({**body, "backends": {**before, **body["backends"]}}, written)
+    written.replace(path)
+    recorded.cache_clear()
+    return path
+
+
 def describe(body: Mapping[str, Any] | None = None) -> str:
     """Return the formats that each target computes, and what each architecture was found to do with every format and operator."""
-    lines = ["formats that a target computes natively: tensorrt-rtx as probed, tensorrt as NVIDIA states, onnxruntime emulates"]
+    lines = ["formats that a target computes natively: as probed, of tensorrt else as NVIDIA states; onnxruntime emulates"]
     for name in ARCHS:
         backend = registry.backend(name)
         for arch in ARCHS[name] or ("",):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from deploycc.core.errors import UsageError
 from deploycc.core.formats import Format
 from deploycc.core.target import Target
 
@@ -16,13 +19,34 @@ SCHEMA = "deploycc.probed/2"
 COMPUTES = "computes in"
 
 
+def cache_file() -> Path:
+    """Return where ``deploycc targets --probe`` keeps what it found on this machine; ``DEPLOYCC_CACHE`` names another folder."""
+    folder = os.environ.get("DEPLOYCC_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deploycc")
+    return Path(folder, "probed.json")
+
+
 @cache
 def recorded() -> Mapping[str, Any]:
     """Return what was probed: per backend the ``version`` that was asked, and per architecture and probe empty, or the reason it fails.
 
-    Under ``archs`` the probes are operators, under ``formats`` they are formats with the operators that may compute in them.
+    Under ``archs`` the probes are operators, under ``formats`` they are formats with the operators that may compute in them. What was
+    found on this machine takes the place of what comes with deploycc.
+
+    Raises:
+        UsageError: when the file of this machine is damaged.
     """
-    return dict(json.loads(files("deploycc.backends").joinpath("probed.json").read_text()))
+    body = dict(json.loads(files("deploycc.backends").joinpath("probed.json").read_text()))
+    path = cache_file()
+    if not path.is_file():
+        return body
+    try:
+        own = json.loads(path.read_text())
+        if own["schema"] == SCHEMA:
+            body["backends"] |= {name: {k: facts[k] for k in ("version", "archs", "formats")} for name, facts in own["backends"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = "delete it, or run deploycc targets --probe"
+        raise UsageError(f"what was probed on this machine cannot be read ({error})", at=f"'{path}'", fix=fix) from error
+    return body
 
 
 def lacking(operators: Iterable[str], target: Target) -> dict[str, str]:
@@ -36,12 +60,14 @@ def lacking(operators: Iterable[str], target: Target) -> dict[str, str]:
     return found
 
 
-def reason_against(format: Format, backend: str, arch: str) -> str:
-    """Return why ``arch`` does not compute in ``format`` as probed with ``backend``; empty when it does.
+def reason_against(format: Format, backend: str, arch: str) -> str | None:
+    """Return why ``arch`` does not compute in ``format`` as probed with ``backend``; empty when it does, None where nobody has asked.
 
     A quantized format is there when every operator that may have it computes in it, one of floating point when any operator does.
     """
-    found = recorded()["backends"][backend]["formats"][arch][format.name].values()
-    reasons = [reason for reason in found if reason]
-    is_there = not reasons if format.is_quantized else len(reasons) < len(found)
+    asked = recorded()["backends"].get(backend, {}).get("formats", {}).get(arch, {}).get(format.name)
+    if asked is None:
+        return None
+    reasons = [reason for reason in asked.values() if reason]
+    is_there = not reasons if format.is_quantized else len(reasons) < len(asked)
     return "" if is_there else str(reasons[0])

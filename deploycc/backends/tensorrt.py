@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deploycc.backends.probed import reason_against
 from deploycc.core.compatibility import AMPERE_PLUS, SAME_ARCH
 from deploycc.core.errors import BackendError
 from deploycc.core.formats import BF16, FP8, FP16, FP32, INT4, INT8, MXFP8, NVFP4, Format
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from deploycc.core.backend import BuildOptions, Engine
     from deploycc.core.shapes import Profile
 
-# The first architecture with native arithmetic in each format, as NVIDIA states: there is no builder to ask without such a GPU.
+# The first architecture with native arithmetic in each format, as NVIDIA states: without such a GPU there is no builder to ask.
+# `deploycc targets --probe` asks where there is one.
 SINCE: dict[Format, int] = {FP32: 75, FP16: 75, INT8: 75, BF16: 80, INT4: 80, FP8: 89, NVFP4: 100, MXFP8: 100}
 # The first architecture that a hardware-compatible engine can be built on.
 OLDEST_COMPATIBLE = 80
@@ -97,7 +99,12 @@ def present_arch() -> int | None:
 
 
 def _computes(arch: int, wanted: Format) -> bool:
-    """Return whether ``arch`` has arithmetic in ``wanted``; on sm_120 and later TensorRT-RTX was seen to compute MXFP8 in FP16."""
+    """Return whether ``arch`` has arithmetic in ``wanted``: as probed on this machine, else as stated.
+
+    On sm_120 and later TensorRT-RTX was seen to compute MXFP8 in FP16.
+    """
+    if (found := reason_against(wanted, "tensorrt", f"sm_{arch}")) is not None:
+        return not found
     return arch >= SINCE[wanted] and not (wanted == MXFP8 and arch >= 120)
 
 

@@ -33,15 +33,15 @@ class TensorRTRTX:
     def formats(self, target: Target) -> frozenset[Format]:
         """Return the formats that every architecture of ``target`` computes in natively, as probed (``deploycc targets``)."""
         archs = self.resolve(target).archs
-        return frozenset(f for f in FORMATS.values() if not any(reason_against(f, self.name, arch) for arch in archs))
+        return frozenset(f for f in FORMATS.values() if not any(_against(f, arch) for arch in archs))
 
     def unsupported_reason(self, target: Target, wanted: Format) -> str:
         """Return why ``target`` does not compute in ``wanted``, and what would; empty when it does."""
-        reasons = {arch: reason for arch in self.resolve(target).archs if (reason := reason_against(wanted, self.name, arch))}
+        reasons = {arch: reason for arch in self.resolve(target).archs if (reason := _against(wanted, arch))}
         if not reasons:
             return ""
         best = next(f.name for f in (INT8, BF16, FP16) if f in self.formats(target))
-        having = [arch for arch in ARCHS[self.name] if not reason_against(wanted, self.name, arch)]
+        having = [arch for arch in ARCHS[self.name] if not _against(wanted, arch)]
         other = f" or a target of {', '.join(having)}" if having else ""
         archs, reason, name = ", ".join(reasons), next(iter(reasons.values())), wanted.name.upper()
         has = f"{archs} {reason} where {name} is asked for" if reason.startswith(COMPUTES) else f"{archs} has no {name} units"
@@ -74,3 +74,9 @@ class TensorRTRTX:
         except ImportError as error:
             return {"available": False, "reason": str(error)}
         return {"available": True, "version": tensorrt_rtx.__version__, "archs": list(ARCHS[self.name]), "needs_gpu": False}
+
+
+def _against(wanted: Format, arch: str) -> str:
+    """Return why ``arch`` does not compute in ``wanted``, as probed."""
+    reason = reason_against(wanted, "tensorrt-rtx", arch)
+    return "was not probed" if reason is None else reason
