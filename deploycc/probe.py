@@ -158,7 +158,7 @@ def _model(probe: Probe) -> onnx.ModelProto:
     return model
 
 
-def probe_all(backends: Sequence[str], watch: Callable[[str], None]) -> dict[str, Any]:
+def probe_all(backends: Sequence[str], watch: Callable[[str], None]) -> Mapping[str, Any]:
     """Return the contents of ``probed.json``: every probe on every architecture of ``backends``."""
 
     def of_backend(name: str) -> dict[str, Any]:
