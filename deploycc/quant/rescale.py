@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from deploycc.core.dimensions import Dim, dimensions, product
 from deploycc.core.formats import INT8, Format
-from deploycc.core.graph import add_initializer, append_node
+from deploycc.core.graph import add_initializer, append_node, reduction
 from deploycc.core.quantizers import activation_scale, decode, encode, largest_code, quantize_weight
 from deploycc.core.rescaling import Rescale, Site, find_site
 from deploycc.quant.clipping import clip_limit
@@ -111,13 +111,7 @@ def _with_probes(model: ir.Model, sites: Sequence[Site], rows: int) -> tuple[ir.
     for i, site in enumerate(sites):
         value, size = values[site.value.name], len(site.value.shape or ())
         others = [a for a in range(size) if a != site.axis]
-        axes = add_initializer(graph, f"channels_{i}_axes", np.array(others, np.int64))
-        outputs = []
-        for op in ("ReduceMin", "ReduceMax"):
-            node = ir.node(op, [value, axes], {"keepdims": 0}, name=f"channels_{i}_{op}")
-            if graph.opset_imports.get("", 0) < 18:
-                node = ir.node(op, [value], {"keepdims": 0, "axes": others}, name=f"channels_{i}_{op}")
-            outputs.append(append_node(graph, node))
+        outputs = [append_node(graph, reduction(op, value, others, graph, f"channels_{i}_{op}")) for op in ("ReduceMin", "ReduceMax")]
         last = value
         if site.axis != size - 1:
             last = append_node(graph, ir.node("Transpose", [value], {"perm": [*others, site.axis]}, name=f"channels_{i}_last"))
