@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 
 from deploycc import registry
-from deploycc.backends.probed import COMPUTES, SCHEMA, cache_file, recorded
+from deploycc.backends.probed import COMPUTES, SCHEMA, cache_file, found_here, recorded
 from deploycc.core.backend import BuildOptions
 from deploycc.core.contract import LOWERED
-from deploycc.core.errors import BackendError
+from deploycc.core.errors import BackendError, UsageError
 from deploycc.core.formats import FORMATS, FP16, Format
 from deploycc.core.passes import run
 from deploycc.core.plan import Assignment, PrecisionPlan
@@ -191,8 +191,8 @@ def architectures(name: str) -> tuple[str, ...]:
 def remember(body: Mapping[str, Any]) -> Path:
     """Keep what was probed for the builds on this machine, beside what was probed with other builders; return the file."""
     path, before = cache_file(), {}
-    with suppress(OSError, ValueError, KeyError, TypeError):  # What cannot be read is what a new probe makes up for.
-        before = dict(json.loads(path.read_text())["backends"])
+    with suppress(UsageError):  # What cannot be read is what a new probe makes up for.
+        before = found_here()
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}.tmp")
     write({**body, "backends": {**before, **body["backends"]}}, written)

@@ -110,6 +110,8 @@ def test_a_record_of_another_schema_is_left_alone(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text('{"schema": "deploycc.probed/1", "backends": {"tensorrt": 1}}')
     assert "tensorrt" not in recorded()["backends"]
+    remember({"schema": SCHEMA, "backends": {"tensorrt-rtx": answers("9.9", "sm_89")}})
+    assert "tensorrt" not in recorded()["backends"]
 
 
 def test_the_builders_of_this_machine_are_asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,25 @@ def cache_file() -> Path:
     return Path(folder, "probed.json")
 
 
+def found_here() -> dict[str, Any]:
+    """Return what was probed on this machine, by backend; nothing where nobody probed, or for another schema.
+
+    Raises:
+        UsageError: when the file is damaged.
+    """
+    path = cache_file()
+    if not path.is_file():
+        return {}
+    try:
+        own = json.loads(path.read_text())
+        if own["schema"] != SCHEMA:
+            return {}
+        return {name: {k: facts[k] for k in ("version", "archs", "formats")} for name, facts in own["backends"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = "delete it, or run deploycc targets --probe"
+        raise UsageError(f"what was probed on this machine cannot be read ({error})", at=f"'{path}'", fix=fix) from error
+
+
 @cache
 def recorded() -> Mapping[str, Any]:
     """Return what was probed: per backend the ``version`` that was asked, and per architecture and probe empty, or the reason it fails.
@@ -36,17 +55,7 @@ def recorded() -> Mapping[str, Any]:
         UsageError: when the file of this machine is damaged.
     """
     body = dict(json.loads(files("deploycc.backends").joinpath("probed.json").read_text()))
-    path = cache_file()
-    if not path.is_file():
-        return body
-    try:
-        own = json.loads(path.read_text())
-        if own["schema"] == SCHEMA:
-            body["backends"] |= {name: {k: facts[k] for k in ("version", "archs", "formats")} for name, facts in own["backends"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "delete it, or run deploycc targets --probe"
-        raise UsageError(f"what was probed on this machine cannot be read ({error})", at=f"'{path}'", fix=fix) from error
-    return body
+    return {**body, "backends": {**body["backends"], **found_here()}}
 
 
 def lacking(operators: Iterable[str], target: Target) -> dict[str, str]:

@@ -118,18 +118,13 @@ def measure_whole(
     *,
     reference: Reference,
     batch: int = 8,
-    plain: list[Mapping[str, np.ndarray]] | None = None,
 ) -> dict[str, float]:
-    """Return per format the noise-to-signal ratio at the outputs with every region quantized that allows it.
-
-    ``plain`` takes the outputs of the model itself, batch by batch, and gives them to the next call on the same model and data.
-    """
-    whole: dict[str, float] = {}
-    plain = [] if plain is None else plain
+    """Return per format the noise-to-signal ratio at the outputs with every region quantized that allows it."""
+    whole = {}
     for format in formats:
         if eligible := [r for r in regions if format.name in r.formats]:
             run = reference.executor(_switchable(model, eligible, format, scales), simulate=format.activations == "dynamic")
-            (whole[format.name],) = _noise_of(run, [np.ones(len(eligible), bool)], data.batches(batch), NOISE, plain=plain)
+            (whole[format.name],) = _noise_of(run, [np.ones(len(eligible), bool)], data.batches(batch), NOISE)
     return whole
 
 
@@ -138,24 +133,16 @@ def _tick(progress: Progress, before: int, total: int, done: int) -> None:
 
 
 def _noise_of(
-    run: Executor,
-    raised: Sequence[np.ndarray],
-    batches: Iterable[Feeds],
-    metric: Metric,
-    tick: Callable[[int], None] = lambda done: None,
-    *,
-    plain: list[Mapping[str, np.ndarray]] | None = None,
+    run: Executor, raised: Sequence[np.ndarray], batches: Iterable[Feeds], metric: Metric, tick: Callable[[int], None] = lambda done: None
 ) -> list[float]:
-    """Return the noise for each choice of ``raised`` flags; outputs without any are kept in ``plain`` and taken from it."""
+    """Return the noise for each choice of ``raised`` flags."""
     error, size = np.zeros(len(raised)), 0.0
-    for number, feeds in enumerate(batches):
-        exact = plain[number] if plain is not None and number < len(plain) else run({**feeds, FLAG: np.zeros_like(raised[0])})
-        if plain is not None and number == len(plain):
-            plain.append(exact)
-        size += sum(metric.size(v) for v in exact.values())
+    for feeds in batches:
+        plain = run({**feeds, FLAG: np.zeros_like(raised[0])})
+        size += sum(metric.size(v) for v in plain.values())
         for i, flags in enumerate(raised):
             quantized = run({**feeds, FLAG: flags})
-            error[i] += sum(metric.distance(quantized[k], v) for k, v in exact.items())
+            error[i] += sum(metric.distance(quantized[k], v) for k, v in plain.items())
             tick(i + 1)
     return [min(float(e) / size, WORST) if size else 0.0 for e in np.nan_to_num(error, nan=np.inf)]
 
