@@ -24,7 +24,6 @@ from deploycc.quant.regions import partition
 from deploycc.quant.sensitivity import measure_whole
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
 
     from deploycc.core.backend import Reference
@@ -212,10 +211,8 @@ def _scaled(
     if len(found) == 1 or not any(INT8.name in r.formats for r in eligible):
         return found[0]
 
-    plain: list[Mapping[str, np.ndarray]] = []
-
     def noise(tried: tuple[Clipping, dict[str, dict[str, float]]]) -> float:
-        return measure_whole(model, eligible, [INT8], tried[1], data, reference=reference, batch=analysis.batch, plain=plain)[INT8.name]
+        return measure_whole(model, eligible, [INT8], tried[1], data, reference=reference, batch=analysis.batch)[INT8.name]
 
     return min(found, key=noise)
 
