@@ -246,12 +246,12 @@ def _conversions(problem: _Problem, choices: Sequence[Choice]) -> tuple[list[flo
     something reads floating point in any case, nothing is agreed. A producer with a kernel of its own behind it needs none, whatever its
     format. Formats that only one reader reads, and the producer does not write, share a column: that is the tighter program.
     """
+    from scipy.sparse import csr_matrix
+
     coded: dict[str, dict[str, int]] = {region.name: {} for region in problem.regions}
     for i, choice in enumerate(choices):
         if choice.format.codes_activations:
             coded[problem.regions[choice.region].name][choice.format.name] = i
-    from scipy.sparse import csr_matrix
-
     costs: list[float] = []
     rows: list[dict[int, float]] = []
 

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from deploycc.core.errors import UsageError
 from deploycc.core.graph import FLOAT_TYPES, add_initializer, float_attribute, reduction, scalar
 from deploycc.quant.observers import Observer
+from deploycc.quant.regions import MOVES
 
 if TYPE_CHECKING:
     from deploycc.core.backend import Reference
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 SAMPLE_PER_ROW = 1024
 LEAST_POSITIONS = 6  # along the shorter side of a map
 NON_NEGATIVE = frozenset({"Relu", "Softmax", "Sigmoid", "Abs", "HardSigmoid"})
-KEEPS_SIGN = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Reshape", "Transpose", "Squeeze", "ReduceMean"})
+KEEPS_SIGN = MOVES | {"AveragePool", "GlobalAveragePool", "ReduceMean"}
 Progress = Callable[[int, int], None]
 
 
@@ -163,15 +164,15 @@ class _Probe:
         first = int(step > 2)
         inside = self._put("AveragePool", self.value, kernel_shape=[1, 1], strides=[step, step])
         if first:
-            inside = self._sliced(inside, [first, first], [2, 3])
+            inside = self._sliced(inside, [1, 1], [2, 3])
         batch = self.value.shape[0] if self.value.shape is not None else None
         inside.shape = ir.Shape([batch, channels, *((size - 1) // step + 1 - first for size in (height, width))])
         return inside
 
     def _reduced(self, op: str) -> ir.Value:
         """Return the extremes of each image: two images are searched at the same time, one value is not."""
-        axes = range(1 if len(self.value.shape or ()) > 1 else 0, len(self.value.shape or ()))
-        return self._behind(reduction(op, self.value, axes, self.graph, f"{self.name}_{op}"))
+        size = len(self.value.shape or ())
+        return self._behind(reduction(op, self.value, range(int(size > 1), size), self.graph, f"{self.name}_{op}"))
 
     def _sliced(self, value: ir.Value, starts: Sequence[int], axes: Sequence[int], step: int = 1) -> ir.Value:
         bounds = (starts, [2**62] * len(axes), axes, [step] * len(axes))
@@ -196,7 +197,7 @@ class _Probe:
 
 
 def _is_non_negative(value: ir.Value) -> bool:
-    """Return whether no element can be below zero, by the operator that makes the value or those before it that only move elements."""
+    """Return whether no element can be below zero: by the operator that makes it, or the one before those that move or average."""
     node = value.producer()
     while node is not None and node.op_type in KEEPS_SIGN and node.inputs[0] is not None:
         node = node.inputs[0].producer()

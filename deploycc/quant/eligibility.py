@@ -72,9 +72,8 @@ def linear_formats(group: Sequence[ir.Node], *, transformer: bool) -> Verdict:
 
 def _rows(node: ir.Node) -> int:
     """Return how many rows a product has; 0 where that is not fixed."""
-    shape = node.outputs[0].shape
-    rows = list(shape[:-1]) if shape is not None else []
-    return math.prod(d if isinstance(d, int) else 0 for d in rows) if rows else 0
+    shape = static_shape(node.outputs[0])
+    return math.prod(shape[:-1]) if shape is not None and len(shape) > 1 else 0
 
 
 def _fills_blocks(node: ir.Node, shape: tuple[int, ...], format: Format) -> bool:

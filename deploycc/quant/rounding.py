@@ -106,8 +106,7 @@ def rounded(weight: np.ndarray, gram: np.ndarray, *, format: Format, base: Forma
         stop = min(start + _BLOCK, len(left))
         errors = np.empty((stop - start, weight.shape[1]))
         for i in range(start, stop):
-            if i > start:  # what the errors of this block leave to this input
-                left[i] -= upper[start:i, i] @ errors[: i - start]
+            left[i] -= upper[start:i, i] @ errors[: i - start]  # what this block's errors leave to this input
             codes[i] = codes_of(left[i], format)
             np.subtract(left[i], codes[i], out=errors[i - start])
             errors[i - start] /= upper[i, i]
