@@ -139,7 +139,7 @@ def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefa
     """Take the decisions of a plan from a file: nothing is calibrated, scored or chosen again."""
     # What regions cost is counted in the graph, since a plan may be edited or older.
     at, samples_codes = f"--plan {job.request.plan}", job.request.dcn != "body"
-    regions = check_fit(plan, canonical.model, digest=canonical.digest, at=at, samples_codes=samples_codes)
+    regions = check_fit(plan, canonical.model, digest=canonical.digest, at=at, samples_codes=samples_codes, batch=job.batch)
     analysis = Analysis(regions, plan.base, job.formats, job.targets[0], job.batch, canonical.digest, settled=plan)
     analysis.costs = estimate_all(regions, job.targets[0], batch=job.batch)
     analysis.boundaries = boundaries(regions, job.targets[0], batch=job.batch)

@@ -168,7 +168,7 @@ def analyse(
     Raises:
         UsageError: for an unknown sensitivity, where the model cannot be scored by it, or for an override that fits no region.
     """
-    regions, forced = settle(partition(model, samples_codes=samples_codes), overrides, base=base)
+    regions, forced = settle(partition(model, samples_codes=samples_codes, batch=batch), overrides, base=base)
     analysis = Analysis(
         regions, base, tuple(formats), target, batch, digest,
         sensitivity=sensitivity, rescales=rescales or {}, forced=forced,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deploycc.core.formats import Format
 
 Verdict = tuple[tuple[str, ...], tuple[str, ...]]
+TILE = 16  # rows, columns and terms of the smallest product of the tensor cores
 
 
 def conv_formats(node: ir.Node) -> Verdict:
@@ -54,26 +55,33 @@ def _int8_pays(out: int, per_group: int, kernel: Sequence[int], group: int) -> b
     return square and (out % 8 == 0 or per_group % 8 == 0) and max(out, per_group) >= 16
 
 
-def linear_formats(group: Sequence[ir.Node], *, transformer: bool) -> Verdict:
-    """Return the formats allowed for tied matrix products with constant weights; none where one computes sampling offsets."""
+def linear_formats(group: Sequence[ir.Node], *, transformer: bool, batch: int = 0) -> Verdict:
+    """Return the formats allowed for tied matrix products with constant weights; none where one computes sampling offsets.
+
+    ``batch`` is the batch that the engine is tuned for, 0 where that is unknown.
+    """
     if any(feeds_offsets(node.outputs[0]) for node in group):
         return (), ("D2",)
     shapes = [static_shape(node.inputs[1]) or (0,) for node in group]
-    if min(map(min, shapes)) < 16:
+    if min(map(min, shapes)) < TILE:
         return (), ("S1",)
     blocked = [f.name for f in FORMATS.values() if f.block and all(_fills_blocks(n, s, f) for n, s in zip(group, shapes, strict=True))]
     is_head = transformer and any(v.is_graph_output() for n in group for v in _tail(n))
     rules = ("P16",) if is_head else () if blocked else ("R6",)
     offered = () if is_head else tuple(blocked)
-    if all(_rows(node) == 1 for node in group):  # It waits for its weight, which blocks make shorter still.
+    if all(0 < _rows(node, batch) < TILE for node in group):  # It waits for its weight, which blocks make shorter still.
         return offered, ("S1", *rules)
     return (("int8",) if is_head else ("int8", "fp8", *offered)), rules
 
 
-def _rows(node: ir.Node) -> int:
-    """Return how many rows a product has; 0 where that is not fixed."""
-    shape = static_shape(node.outputs[0])
-    return math.prod(shape[:-1]) if shape is not None and len(shape) > 1 else 0
+def _rows(node: ir.Node, batch: int) -> int:
+    """Return how many rows a product has where the batch, if dynamic, is ``batch``; 0 where that is unknown."""
+    shape = node.outputs[0].shape
+    given = node.graph.inputs[0].shape if node.graph is not None and node.graph.inputs else None
+    if shape is None or len(shape) < 2:
+        return 0
+    rows = [batch if given and given[0] == d and not isinstance(d, int) else d for d in shape[:-1]]
+    return math.prod(d for d in rows) if all(isinstance(d, int) for d in rows) else 0
 
 
 def _fills_blocks(node: ir.Node, shape: tuple[int, ...], format: Format) -> bool:

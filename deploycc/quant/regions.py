@@ -35,10 +35,11 @@ MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqu
 _PER_SAMPLE = ("macs", "activation_elements", "output_elements")
 
 
-def partition(model: ir.Model, *, samples_codes: bool = False) -> tuple[Region, ...]:
+def partition(model: ir.Model, *, samples_codes: bool = False, batch: int = 0) -> tuple[Region, ...]:
     """Return the regions of ``model`` in topological order; no node belongs to two of them. Work is counted per sample.
 
     ``samples_codes`` says that DCNv3 is computed by a kernel that reads INT8: then the projection behind it takes it into its region.
+    ``batch`` is what a dynamic batch is tuned for, 0 where nobody said: it decides which products have too few rows (S1).
     """
     order = {node: i for i, node in enumerate(model.graph)}
     taken: set[ir.Node] = set()
@@ -59,11 +60,11 @@ def partition(model: ir.Model, *, samples_codes: bool = False) -> tuple[Region, 
             members.append(sampler)
             residuals.append(sampler.inputs[X].name or "")  # type: ignore[union-attr]
         members.sort(key=order.__getitem__)
-        regions.append((order[group[0]], _weighted_region(group, members, residuals, transformer=transformer)))
+        regions.append((order[group[0]], _weighted_region(group, members, residuals, transformer=transformer, batch=batch)))
     ordered = [region for _, region in sorted(regions, key=lambda pair: pair[0])]
-    batch = _static_batch(model.graph)
-    counted = [replace(r, **{name: getattr(r, name) // batch for name in _PER_SAMPLE}) for r in ordered]
-    return _bordering(model.graph, counted, batch)
+    samples = _static_batch(model.graph)
+    counted = [replace(r, **{name: getattr(r, name) // samples for name in _PER_SAMPLE}) for r in ordered]
+    return _bordering(model.graph, counted, samples)
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:
@@ -241,7 +242,7 @@ def _anchor_depth(graph: ir.Graph) -> dict[ir.Node, int]:
     return depth
 
 
-def _weighted_region(group: list[ir.Node], members: list[ir.Node], residuals: list[str], *, transformer: bool) -> Region:
+def _weighted_region(group: list[ir.Node], members: list[ir.Node], residuals: list[str], *, transformer: bool, batch: int) -> Region:
     first = group[0]
     weights = [w for n in group if (w := weight_of(n)) is not None]
     kind = {"Conv": "conv", "ConvTranspose": "conv_transpose"}.get(first.op_type, "linear")
@@ -260,7 +261,7 @@ def _weighted_region(group: list[ir.Node], members: list[ir.Node], residuals: li
         output_elements=written,
         source=scope_of(first),
     )
-    formats, rules = conv_formats(first) if kind != "linear" else linear_formats(group, transformer=transformer)
+    formats, rules = conv_formats(first) if kind != "linear" else linear_formats(group, transformer=transformer, batch=batch)
     return replace(region, formats=formats, rules=rules)
 
 

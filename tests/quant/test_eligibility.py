@@ -41,12 +41,14 @@ class TestS1:
         assert linear(16, 16) == (BOTH, ("R6",))
 
     @pytest.mark.parametrize(
-        ("rows", "found"), [("1,1", (BLOCKED, ("S1",))), ("1,2", ((*BOTH, *BLOCKED), ())), ("B,1", ((*BOTH, *BLOCKED), ()))]
-    )
-    def test_a_single_row_only_waits_for_its_weight(self, rows: str, found: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+        ("rows", "batch", "narrow"),
+        [("1,1", 0, True), ("1,15", 32, True), ("1,16", 0, False), ("B", 0, False), ("B", 15, True), ("B", 16, False), ("B,2", 8, False),
+         ("B,T", 1, False)],
+    )  # fmt: skip
+    def test_few_rows_only_wait_for_their_weight(self, rows: str, batch: int, narrow: bool) -> None:
         model = graph(f"(float[{rows},64] x) => (float[{rows},64] y) {{ y = MatMul(x, w) }}", w=weight(64, 64))
-        (region,) = partition(model)
-        assert (region.formats, region.rules) == found
+        (region,) = partition(model, batch=batch)
+        assert (region.formats, region.rules) == ((BLOCKED, ("S1",)) if narrow else ((*BOTH, *BLOCKED), ()))
 
 
 class TestS2:
