@@ -20,15 +20,17 @@ from deploycc.core.identity import identities
 from deploycc.core.passes import PassCrashed
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, versions, write_manifest
+from deploycc.quant.calibrate import calibrate
 from deploycc.quant.clipping import AUTO
 from deploycc.quant.cost import boundaries, estimate_all
-from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound
+from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound, values_of
 from deploycc.quant.islands import islands_of
 from deploycc.quant.paper import analyse_simulation
 from deploycc.quant.paper_reparameterize import DEFAULT, parse_reparameterization
 from deploycc.quant.ranges import RANGES, load_ranges, save_ranges
 from deploycc.quant.reapply import check_fit
-from deploycc.quant.rescale import find_rescales
+from deploycc.quant.regions import partition
+from deploycc.quant.rescale import find_rescales, find_sites, rescaled
 from deploycc.quant.rounding import round_weights
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
@@ -94,11 +96,20 @@ def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
     if known is not None:
         rescales = known[1]
         canonical = reparameterize(job, canonical, rescales)
-    elif _rescales(job):
-        with job.stage("rescale"):
-            rescales = find_rescales(
-                canonical.model, job.calibration, base=job.base, reference=job.reference, batch=job.batch, progress=job.watch.progress
+    elif _rescales(job) and (sites := find_sites(canonical.model)):
+        with job.stage("calibrate"):
+            seen = calibrate(
+                canonical.model,
+                job.calibration,
+                ranges=values_of(partition(canonical.model, samples_codes=job.samples_codes, batch=job.batch)),
+                sites=sites,
+                reference=job.reference,
+                batch=job.batch,
+                progress=job.watch.progress,
             )
+        with job.stage("rescale"):
+            rescales = find_rescales(sites, seen, base=job.base)
+            known = rescaled(seen, sites, rescales), rescales
             canonical = reparameterize(job, canonical, rescales)
     analysis = analyse(
         canonical.model,
@@ -118,7 +129,7 @@ def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
         overrides=job.overrides,
         clipping=job.clipping,
         known=known[0] if known else None,
-        samples_codes=job.request.dcn != "body",
+        samples_codes=job.samples_codes,
     )
     _report_analysis(job, analysis)
     return canonical, analysis
@@ -138,8 +149,8 @@ def _ranges_key(job: Job, digest: str) -> str:
 def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefact, Analysis]:
     """Take the decisions of a plan from a file: nothing is calibrated, scored or chosen again."""
     # What regions cost is counted in the graph, since a plan may be edited or older.
-    at, samples_codes = f"--plan {job.request.plan}", job.request.dcn != "body"
-    regions = check_fit(plan, canonical.model, digest=canonical.digest, at=at, samples_codes=samples_codes, batch=job.batch)
+    at = f"--plan {job.request.plan}"
+    regions = check_fit(plan, canonical.model, digest=canonical.digest, at=at, samples_codes=job.samples_codes, batch=job.batch)
     analysis = Analysis(regions, plan.base, job.formats, job.targets[0], job.batch, canonical.digest, settled=plan)
     analysis.costs = estimate_all(regions, job.targets[0], batch=job.batch)
     analysis.boundaries = boundaries(regions, job.targets[0], batch=job.batch)

@@ -161,6 +161,11 @@ class Job:
         """Return the batch size for running data through graphs."""
         return self.profiles[0].optimum[0] if self.profiles and self.profiles[0].optimum else 1
 
+    @property
+    def samples_codes(self) -> bool:
+        """Return whether DCNv3 is computed by a kernel that reads INT8 (``regions.partition``)."""
+        return self.request.dcn != "body"
+
     @cached_property
     def original(self) -> Executor:
         """Return the executor of the imported model, which every round of verification is measured against."""

@@ -52,12 +52,16 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A per-channel affine operation whose last node is ``source``, the channel axis of its value, and every linear reader."""
+    """A per-channel affine operation whose last node is ``source``, the channel axis of its value, and every linear reader.
+
+    ``carriers`` are the values that carry the channels to the readers, its own first.
+    """
 
     source: ir.Node
     axis: int
     channels: int
     readers: tuple[Reader, ...]
+    carriers: tuple[ir.Value, ...]
 
     @property
     def value(self) -> ir.Value:
@@ -79,11 +83,12 @@ def find_site(node: ir.Node) -> Site | Refusal | None:
     if found is None or found[0].outputs[0].name is None:
         return None
     source, axis, channels = found
-    readers = _Walk().readers(source.outputs[0], axis)
+    walk = _Walk()
+    readers = walk.readers(source.outputs[0], axis)
     if isinstance(readers, Refusal):
         # An affine of which nothing linear is a reader was never a candidate.
         return readers if node.op_type in {"LayerNormalization", "BatchNormalization"} else None
-    return Site(source, axis, channels, readers)
+    return Site(source, axis, channels, readers, tuple(walk.reached))
 
 
 def vector(value: ir.Value | None, like: ir.Value) -> tuple[int, int] | None:

@@ -11,22 +11,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from deploycc.core.dimensions import Dim, dimensions, product
 from deploycc.core.errors import UsageError
 from deploycc.core.graph import FLOAT_TYPES, add_initializer, float_attribute, reduction, scalar
-from deploycc.quant.observers import Observer
+from deploycc.quant.observers import Channels, Observer
 from deploycc.quant.regions import MOVES
 
 if TYPE_CHECKING:
     from deploycc.core.backend import Reference
     from deploycc.core.data import Dataset
+    from deploycc.core.rescaling import Site
 
 SAMPLE_PER_ROW = 1024
+ROWS = 512  # of channels, of the values at a site; at most twice as many are kept
 LEAST_POSITIONS = 6  # along the shorter side of a map
 NON_NEGATIVE = frozenset({"Relu", "Softmax", "Sigmoid", "Abs", "HardSigmoid"})
 KEEPS_SIGN = MOVES | {"AveragePool", "GlobalAveragePool", "ReduceMean"}
@@ -35,12 +38,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Observers by value name, and where they come from; ``cached`` if an earlier build observed them."""
+    """Observers by value name, channels by name of a site's value, and where they come from; ``cached`` if an earlier build observed."""
 
     observers: dict[str, Observer]
     samples: int
     seconds: float
     cached: bool = False
+    channels: dict[str, Channels] = field(default_factory=dict)
+
+    def __or__(self, other: Statistics) -> Statistics:
+        """Return these observers and those of another pass over the same data."""
+        return replace(self, observers=self.observers | other.observers, seconds=self.seconds + other.seconds, cached=False)
 
 
 def calibrate(
@@ -49,6 +57,7 @@ def calibrate(
     *,
     ranges: Sequence[str],
     extremes: Sequence[str] = (),
+    sites: Sequence[Site] = (),
     reference: Reference,
     batch: int = 8,
     progress: Progress = lambda done, total: None,
@@ -60,6 +69,7 @@ def calibrate(
         data: batches of inputs.
         ranges: names of values that need extremes and a histogram.
         extremes: names of values that need extremes only.
+        sites: where channels are observed one by one as well.
         reference: executes the graph.
         batch: samples per run; the result does not depend on it.
         progress: called with samples done and in all.
@@ -68,16 +78,31 @@ def calibrate(
         UsageError: when one of ``ranges`` is infinite, or NaN among its sampled elements; the value is named.
     """
     start = time.perf_counter()
-    watched, probes = _with_probes(model, ranges, extremes)
+    watched, probes = _with_probes(model, ranges, extremes, sites, rows=max(1, ROWS // max(1, data.samples)))
     observers = {name: Observer() for name in dict.fromkeys((*ranges, *extremes))}
+    channels = {s.value.name or "": Channels(np.full(s.channels, np.inf), np.full(s.channels, -np.inf)) for s in sites}
     run, done = reference.executor(watched), 0
     for feeds in data.batches(batch):
         outputs = run(feeds, list(probes))
         for output, (name, what) in probes.items():
-            _take(observers[name], name, what, outputs[output], finite_only=name in ranges)
+            if name in channels:
+                _take_channels(channels[name], what, outputs[output])
+            if name in observers and what != "rows":
+                _take(observers[name], name, what, outputs[output], finite_only=name in ranges)
         done += len(next(iter(feeds.values())))
         progress(done, data.samples)
-    return Statistics(observers, done, time.perf_counter() - start)
+    return Statistics(observers, done, time.perf_counter() - start, channels=channels)
+
+
+def _take_channels(channels: Channels, what: str, value: np.ndarray) -> None:
+    if what == "sample":
+        return
+    rows = value.reshape(-1, len(channels.low))
+    if what == "rows":
+        channels.parts.append(rows[: max(0, 2 * ROWS - sum(map(len, channels.parts)))])
+    elif len(rows):
+        channels.low = np.minimum(channels.low, rows.min(axis=0)) if what == "lowest" else channels.low
+        channels.high = np.maximum(channels.high, rows.max(axis=0)) if what == "highest" else channels.high
 
 
 def _take(observer: Observer, name: str, what: str, value: np.ndarray, *, finite_only: bool) -> None:
@@ -105,18 +130,21 @@ def _not_finite(name: str, number: float) -> UsageError:
     )
 
 
-def _with_probes(model: ir.Model, ranges: Sequence[str], extremes: Sequence[str]) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
+def _with_probes(
+    model: ir.Model, ranges: Sequence[str], extremes: Sequence[str], sites: Sequence[Site], *, rows: int
+) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
     """Return a clone with probe outputs, and what each probe output is: ``{output: (value, kind)}``."""
     clone = model.clone()
     values = {v.name: v for v in clone.graph.inputs} | {v.name: v for node in clone.graph for v in node.outputs}
+    axes = {site.value.name or "": site.axis for site in sites}
     probes: dict[str, tuple[str, str]] = {}
-    for name in dict.fromkeys((*ranges, *extremes)):
+    for name in dict.fromkeys((*ranges, *extremes, *axes)):
         value = values[name]
         if value.dtype not in FLOAT_TYPES:
             raise TypeError(f"'{name}' is {value.dtype}, and only floating-point values have ranges")
         probe = _Probe(clone.graph, value, f"probe_{len(probes)}")
-        found = probe.extremes() | (probe.sample() if name in ranges else {})
-        for what, output in found.items():
+        found = probe.channels(axes[name], rows) if name in axes else probe.extremes()
+        for what, output in (found | (probe.sample() if name in ranges else {})).items():
             clone.graph.outputs.append(output)
             probes[output.name or ""] = (name, what)
     return clone, probes
@@ -134,6 +162,30 @@ class _Probe:
         if _is_non_negative(self.value):
             return {"highest": self._put("GlobalMaxPool", self.value) if _map_sizes(self.value) else self._reduced("ReduceMax")}
         return {"lowest": self._reduced("ReduceMin"), "highest": self._reduced("ReduceMax")}
+
+    def channels(self, axis: int, rows: int) -> dict[str, ir.Value]:
+        """Return the lowest and highest of each channel, and ``rows`` or a few more rows of channels of each image."""
+        size = len(self.value.shape or ())
+        others = [a for a in range(size) if a != axis]
+        within = [a for a in others if a] or others
+        found = {
+            what: self._behind(reduction(op, self.value, within, self.graph, f"{self.name}_{op}"))
+            for what, op in (("lowest", "ReduceMin"), ("highest", "ReduceMax"))
+        }
+        last = self._put("Transpose", self.value, perm=[*others, axis]) if axis != size - 1 else self.value
+        count, channels = self._positions(axis), self.value.shape[axis]  # type: ignore[index]
+        shape = add_initializer(self.graph, f"{self.name}_shape", np.array([-1, count, channels], np.int64))
+        return {**found, "rows": self._sliced(self._put("Reshape", last, shape), [0], [1], max(1, count // rows))}
+
+    def _positions(self, axis: int) -> int:
+        """Return how many rows of channels one image has; 1 where that is not known, so that every row is taken."""
+        sizes = dimensions(self.value)
+        total = product(d for a, d in enumerate(sizes) if a != axis) if sizes is not None else 1
+        if isinstance(total, Dim):
+            return total.terms[0][1] if len(total.terms) == 1 and len(total.terms[0][0]) == 1 else 1
+        first = self.graph.inputs[0].shape
+        batch = first[0] if first is not None and len(first) else 1
+        return max(1, total // batch) if isinstance(batch, int) else max(1, total)
 
     def sample(self) -> dict[str, ir.Value]:
         """Return every k-th element of each image; k has no common factor with their number, so that no channel is favoured."""

@@ -162,7 +162,7 @@ def analyse(
         fallback: how relevance passes an operator without a rule: ``gradient``, or None to refuse.
         overrides: what the user decided about regions.
         clipping: how far the range of an activation reaches; None for what errs least at the outputs.
-        known: statistics of the same graph on the same data, if there are any; of the same values, they spare the pass over the data.
+        known: statistics of the same graph on the same data, if there are any; what they lack is observed in a pass over the data.
         samples_codes: whether DCNv3 is computed by a kernel that reads INT8 (``regions.partition``).
 
     Raises:
@@ -179,12 +179,12 @@ def analyse(
     analysis.islands |= islands_of_overrides(regions, forced, base=base)
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
     if any(f.reach is not None for f in formats):
-        # Of every region, whatever formats are on offer, so that another format finds its ranges known.
-        values = list(dict.fromkeys(v for r in analysis.regions if r.formats for v in (*r.activations, *r.residuals)))
         with stage("calibrate"):
-            if known is None or set(known.observers) != set(values):
-                known = calibrate(model, data, ranges=values, reference=reference, batch=batch, progress=progress)
-            analysis.statistics = known
+            values = values_of(analysis.regions)
+            if missing := [v for v in values if known is None or v not in known.observers]:
+                more = calibrate(model, data, ranges=missing, reference=reference, batch=batch, progress=progress)
+                known = more if known is None else known | more
+            analysis.statistics = replace(known, observers={v: known.observers[v] for v in values})
             analysis.clipping, analysis.scales = _scaled(analysis, model, known, eligible, clipping, data.take(CLIPPING_SAMPLES), reference)
     if formats and choose:
         question = Question(
@@ -193,6 +193,11 @@ def analyse(
         with stage("score"):
             _score(analysis, question, sensitivity, runs=len(eligible) * len(formats))
     return analysis
+
+
+def values_of(regions: Sequence[Region]) -> list[str]:
+    """Return the values that regions read in codes, of every region, whatever formats are on offer, so that others find ranges known."""
+    return list(dict.fromkeys(v for r in regions if r.formats for v in (*r.activations, *r.residuals)))
 
 
 def _scaled(

@@ -48,6 +48,11 @@ class Layer:
         """Return the same for the bias."""
         return self.bias.name or "" if self.bias is not None else "", self.format.name
 
+    @property
+    def outputs(self) -> int:
+        """Return how many columns the weight has."""
+        return int(_constant(self.node).shape[weight_axis(self.node)])
+
     def columns(self) -> np.ndarray:
         """Return the weight as float64 ``[inputs, outputs]``, the inputs in the order of ``rows``."""
         return _columns(self.node, _constant(self.node))
@@ -133,9 +138,11 @@ def moments_of(model: ir.Model, layers: Sequence[Layer], data: Dataset, referenc
         once = np.ones(len(rows), rows.dtype)  # sums over the rows of one batch are exact enough in their own type, and BLAS is faster
         sums = once @ scaled, once @ rows
         totals[i] = mean + sums[0], quantized + sums[1], gram + (rows.T @ rows).astype(np.float64), count + len(rows)
-    for layer, (mean, quantized, gram, count) in zip(layers, totals, strict=True):
+    for i, layer in enumerate(layers):
+        (mean, quantized, gram, count), totals[i] = totals[i], None
         unit = layer.scale / count
-        yield Moments(mean * unit, quantized * unit, gram * (layer.scale * unit))
+        gram *= layer.scale * unit
+        yield Moments(mean * unit, quantized * unit, gram)
 
 
 def scaled_rows(

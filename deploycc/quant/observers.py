@@ -59,3 +59,28 @@ class Observer:
     def extend(self, low: float, high: float) -> None:
         """Take in the extremes of another batch."""
         self.low, self.high = min(self.low, low), max(self.high, high)
+
+
+@dataclass(slots=True)
+class Channels:
+    """Extremes per channel ``[C]`` over every element, and rows of channels of a fixed sample of positions of the first images."""
+
+    low: np.ndarray
+    high: np.ndarray
+    parts: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Return the sampled rows, ``[rows, C]``."""
+        return np.concatenate([np.empty((0, len(self.low)), np.float32), *self.parts])
+
+    def moved(self, scale: np.ndarray, shift: np.ndarray) -> Channels:
+        """Return what is known of ``(x - shift) * scale``, both of one number per channel."""
+        return Channels((self.low - shift) * scale, (self.high - shift) * scale, [(self.rows - shift) * scale])
+
+    def observer(self) -> Observer:
+        """Return the statistics of all channels together."""
+        found = Observer()
+        found.extend(float(self.low.min()), float(self.high.max()))
+        found.histogram.add(np.abs(self.rows).reshape(-1))
+        return found

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 SHOWN = 3
 
 
-def check_fit(plan: PrecisionPlan, model: ir.Model, *, digest: str, at: str, samples_codes: bool = False, batch: int = 0) -> tuple[Region, ...]:
+def check_fit(
+    plan: PrecisionPlan, model: ir.Model, *, digest: str, at: str, samples_codes: bool = False, batch: int = 0
+) -> tuple[Region, ...]:
     """Return the regions of the CANONICAL graph ``model``; raise UsageError, saying what differs, when ``plan`` cannot be applied to it.
 
     A plan whose ``model`` is empty is applied to any graph with the same regions.
@@ -26,7 +28,8 @@ def check_fit(plan: PrecisionPlan, model: ir.Model, *, digest: str, at: str, sam
         model: the CANONICAL graph.
         digest: of that graph.
         at: the file, for the message.
-        samples_codes, batch: as for `partition`.
+        samples_codes: as for `partition`.
+        batch: as for `partition`.
     """
     found = {r.name: r for r in partition(model, samples_codes=samples_codes, batch=batch)}
     planned = {a.region.name: a for a in plan.assignments}

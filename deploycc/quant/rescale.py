@@ -8,140 +8,69 @@ the least error of the readers' outputs with both operands in INT8; what gains t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
-from deploycc.core.dimensions import Dim, dimensions, product
 from deploycc.core.formats import INT8, Format
-from deploycc.core.graph import add_initializer, append_node, reduction
 from deploycc.core.quantizers import activation_scale, decode, encode, largest_code, quantize_weight
 from deploycc.core.rescaling import Rescale, Site, find_site
 from deploycc.quant.clipping import clip_limit
-from deploycc.quant.observers import Observer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from deploycc.core.backend import Reference
-    from deploycc.core.data import Dataset
+    import onnx_ir as ir
+
+    from deploycc.quant.calibrate import Statistics
+    from deploycc.quant.observers import Channels
 
 THRESHOLDS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 LEAST_SCALE = 1e-3
 LEAST_GAIN_DB = 0.5
-SAMPLES = 32
-ROWS = 512
+_KEEPS_ALL = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
-@dataclass(frozen=True)
-class Channels:
-    """What is known of the values at one site: extremes per channel ``[C]`` over everything, and rows ``[rows, C]`` of a sample."""
-
-    low: np.ndarray
-    high: np.ndarray
-    rows: np.ndarray
-
-
-def find_rescales(
-    model: ir.Model,
-    data: Dataset,
-    *,
-    base: Format,
-    reference: Reference,
-    batch: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Rescale]:
-    """Return scale and shift of every site where the measured error of the readers falls by at least ``LEAST_GAIN_DB``.
-
-    Args:
-        model: the CANONICAL graph in FP32; it is not changed.
-        data: calibration data, of which at most ``SAMPLES`` are used.
-        base: the floating-point format, in which scales are rounded.
-        reference: executes the graph.
-        batch: samples per run; the result does not depend on it.
-        progress: called with samples done and in all.
-    """
-    sites = _sites(model)
-    if not sites:
-        return {}
-    seen = _observe(model, sites, data.take(SAMPLES), reference, batch, progress)
-    found = {site.source.name or "": _choose(site, channels, base) for site, channels in zip(sites, seen, strict=True)}
-    return {name: rescale for name, rescale in found.items() if rescale is not None}
-
-
-def _sites(model: ir.Model) -> list[Site]:
+def find_sites(model: ir.Model) -> list[Site]:
+    """Return where channels of the CANONICAL graph ``model`` can be made smaller."""
     found: dict[str, Site] = {}
     for node in model.graph:
         site = find_site(node)
-        if isinstance(site, Site) and site.source.name:
+        if isinstance(site, Site) and site.source.name and len(site.value.shape or ()) > 1:
             found.setdefault(site.source.name, site)
     return list(found.values())
 
 
-def _observe(
-    model: ir.Model, sites: Sequence[Site], data: Dataset, reference: Reference, batch: int, progress: Callable[[int, int], None]
-) -> list[Channels]:
-    """Run the data once; extremes and a strided sample of rows leave the runtime, not the maps."""
-    rows = max(1, ROWS // max(1, data.samples))
-    watched, names = _with_probes(model, sites, rows)
-    run, done = reference.executor(watched), 0
-    lows, highs, samples = ([[] for _ in sites] for _ in range(3))  # type: ignore[var-annotated]
-    for feeds in data.batches(batch):
-        outputs = run(feeds, [n for each in names for n in each])
-        for i, (low, high, sample) in enumerate(names):
-            lows[i].append(outputs[low])
-            highs[i].append(outputs[high])
-            samples[i].append(outputs[sample].reshape(-1, sites[i].channels))
-        done += len(next(iter(feeds.values())))
-        progress(done, data.samples)
-    return [
-        Channels(np.min(low, axis=0), np.max(high, axis=0), np.concatenate(sample))
-        for low, high, sample in zip(lows, highs, samples, strict=True)
-    ]
+def find_rescales(sites: Sequence[Site], seen: Statistics, *, base: Format) -> dict[str, Rescale]:
+    """Return scale and shift of every site where the measured error of the readers falls by at least ``LEAST_GAIN_DB``.
+
+    Args:
+        sites: of the graph that was observed.
+        seen: of calibration data, with the channels of every site.
+        base: the floating-point format, in which scales are rounded.
+    """
+    found = {site.source.name or "": _choose(site, seen.channels[site.value.name or ""], base) for site in sites}
+    return {name: rescale for name, rescale in found.items() if rescale is not None}
 
 
-def _with_probes(model: ir.Model, sites: Sequence[Site], rows: int) -> tuple[ir.Model, list[tuple[str, str, str]]]:
-    """Return a clone with three more outputs per site: lowest and highest per channel, and some rows of each image."""
-    clone = model.clone()
-    graph = clone.graph
-    values = {v.name: v for node in graph for v in node.outputs}
-    names: list[tuple[str, str, str]] = []
-    for i, site in enumerate(sites):
-        value, size = values[site.value.name], len(site.value.shape or ())
-        others = [a for a in range(size) if a != site.axis]
-        outputs = [append_node(graph, reduction(op, value, others, graph, f"channels_{i}_{op}")) for op in ("ReduceMin", "ReduceMax")]
-        last = value
-        if site.axis != size - 1:
-            last = append_node(graph, ir.node("Transpose", [value], {"perm": [*others, site.axis]}, name=f"channels_{i}_last"))
-        positions = _positions(site, _batch_of(graph))
-        shape = add_initializer(graph, f"channels_{i}_shape", np.array([-1, positions, site.channels], np.int64))
-        flat = append_node(graph, ir.node("Reshape", [last, shape], name=f"channels_{i}_flat"))
-        bounds = [
-            add_initializer(graph, f"channels_{i}_{k}", np.array([v], np.int64)) for k, v in (("start", 0), ("end", 2**62), ("axis", 1))
-        ]
-        step = add_initializer(graph, f"channels_{i}_step", np.array([max(1, positions // rows)], np.int64))
-        outputs.append(append_node(graph, ir.node("Slice", [flat, *bounds, step], name=f"channels_{i}_rows")))
-        graph.outputs.extend(outputs)
-        names.append((outputs[0].name or "", outputs[1].name or "", outputs[2].name or ""))
-    return clone, names
+def rescaled(seen: Statistics, sites: Sequence[Site], rescales: Mapping[str, Rescale]) -> Statistics:
+    """Return what is known of the rescaled graph without another pass; nothing of values that only part of a site's value reaches.
 
-
-def _batch_of(graph: ir.Graph) -> int:
-    """Return how many images a run takes where that is fixed, else 1."""
-    first = graph.inputs[0].shape
-    size = first[0] if first is not None and len(first) else 1
-    return size if isinstance(size, int) else 1
-
-
-def _positions(site: Site, batch: int) -> int:
-    """Return how many rows of channels one image has; 1 where that is not known, so that every row is taken."""
-    sizes = dimensions(site.value)
-    total = product(d for a, d in enumerate(sizes) if a != site.axis) if sizes is not None else 1
-    if isinstance(total, Dim):
-        return total.terms[0][1] if len(total.terms) == 1 and len(total.terms[0][0]) == 1 else 1
-    return max(1, total // batch)
+    Where no site's channels go, it computes what it computed before.
+    """
+    observers = dict(seen.observers)
+    for site in sites:
+        if (rescale := rescales.get(site.source.name or "")) is None:
+            continue
+        after, whole = seen.channels[site.value.name or ""].moved(*_arrays(rescale)).observer(), set()
+        for value in site.carriers:
+            node = value.producer()
+            is_whole = value is site.value or (node is not None and node.op_type in _KEEPS_ALL and node.inputs[0] in whole)
+            whole |= {value} if is_whole else set()
+            if observers.pop(value.name or "", None) is not None and is_whole:
+                observers[value.name or ""] = after
+    return replace(seen, observers=observers, channels={})
 
 
 def _choose(site: Site, channels: Channels, base: Format) -> Rescale | None:
@@ -149,14 +78,14 @@ def _choose(site: Site, channels: Channels, base: Format) -> Rescale | None:
     weight = np.concatenate([reader.matrix() for reader in site.readers], axis=1).astype(np.float32)
     exact = channels.rows @ weight
     power = float(np.sum(exact**2))
-    if not np.isfinite(power) or power == 0.0:
+    if not np.isfinite([power, *channels.low, *channels.high]).all() or power == 0.0:
         return None
     plain = float(np.sum((_quantized(channels.rows, channels, base) @ _quantized_weight(weight, base) - exact) ** 2))
     if plain == 0.0:
         return None
     best = min(_trials(site, channels), key=lambda trial: _estimate(weight, channels, trial, base))
     scale, shift = _arrays(best)
-    moved = _moved(channels, scale, shift)
+    moved = channels.moved(scale, shift)
     built = _quantized(moved.rows, moved, base) @ _quantized_weight(weight / scale[:, None], base) + shift @ weight
     gain = 10 * np.log10(plain / max(float(np.sum((built - exact) ** 2)), 1e-300))
     return Rescale(best.scale, best.shift, best.k, round(float(gain), 2)) if gain >= LEAST_GAIN_DB else None
@@ -182,10 +111,6 @@ def _short(values: np.ndarray) -> np.ndarray:
     return np.array([float(f"{v:.4g}") for v in values])
 
 
-def _moved(channels: Channels, scale: np.ndarray, shift: np.ndarray) -> Channels:
-    return Channels((channels.low - shift) * scale, (channels.high - shift) * scale, (channels.rows - shift) * scale)
-
-
 def _estimate(weight: np.ndarray, channels: Channels, trial: Rescale, base: Format) -> float:
     """Return the expected error energy per row: that of the activations through the weights, and that of the weights.
 
@@ -193,7 +118,7 @@ def _estimate(weight: np.ndarray, channels: Channels, trial: Rescale, base: Form
     uncorrelated, and the rounding of weights as uniform over a step.
     """
     scale, shift = _arrays(trial)
-    moved, heavier = _moved(channels, scale, shift), weight / scale[:, None]
+    moved, heavier = channels.moved(scale, shift), weight / scale[:, None]
     noise = np.mean((_quantized(moved.rows, moved, base) - moved.rows) ** 2, axis=0)
     steps = np.abs(heavier).max(axis=0) / largest_code(INT8)
     return float(noise @ np.einsum("co,co->c", heavier, heavier) + np.mean(np.sum(moved.rows**2, axis=1)) * np.sum(steps**2) / 12)
@@ -201,10 +126,7 @@ def _estimate(weight: np.ndarray, channels: Channels, trial: Rescale, base: Form
 
 def _quantized(rows: np.ndarray, channels: Channels, base: Format) -> np.ndarray:
     """Return rows in INT8 and back, with the scale that calibration would find."""
-    observer = Observer()
-    observer.extend(float(channels.low.min()), float(channels.high.max()))
-    observer.histogram.add(np.abs(rows).reshape(-1))
-    scale = np.array(activation_scale(clip_limit(observer, INT8), INT8, base), np.float32)
+    scale = np.array(activation_scale(clip_limit(channels.observer(), INT8), INT8, base), np.float32)
     return decode(encode(rows, scale, INT8), scale)
 
 

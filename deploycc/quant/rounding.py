@@ -20,7 +20,7 @@ import numpy as np
 from deploycc.core.formats import INT8, Format
 from deploycc.core.graph import constant
 from deploycc.core.quantizers import largest_code, round_scale
-from deploycc.quant.layers import Layer, codes_of, moments_of, quantized_layers
+from deploycc.quant.layers import Layer, Moments, codes_of, moments_of, quantized_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +36,7 @@ DAMPING = 0.01
 SHRINKS = np.linspace(1.0, 0.7, 13)
 _BLOCK = 32
 _TOGETHER = 64  # groups of layers whose inputs leave the runtime in one pass
+_STACK = 2**23  # numbers of the matrices of layers that are rounded together
 
 
 def round_weights(
@@ -60,20 +61,18 @@ def round_weights(
         progress: called with groups of layers done and in all.
     """
     known, wanted = {} if known is None else known, quantized_layers(model, plan)
-    groups = _sharing_rows([layer for layer in wanted if layer.key not in known])
+    groups, done = _sharing_rows([layer for layer in wanted if layer.key not in known]), 0
     for start in range(0, len(groups), _TOGETHER):
         some = groups[start : start + _TOGETHER]
-        for i, (group, moments) in enumerate(
-            zip(some, moments_of(model, [g[0] for g in some], data.take(SAMPLES), reference, batch), strict=True)
-        ):
-            columns = [layer.columns() for layer in group]
-            found = rounded(np.concatenate(columns, axis=1), moments.gram, format=group[0].format, base=plan.base)
-            parts = np.split(found, np.cumsum([c.shape[1] for c in columns])[:-1], axis=1)
-            for layer, old, new in zip(group, columns, parts, strict=True):
-                known[layer.key] = layer.back(new)
-                if layer.bias is not None:
-                    known[layer.bias_key] = _corrected(layer.bias, moments.mean @ old - moments.quantized @ new)
-            progress(start + i + 1, len(groups))
+        every = moments_of(model, [g[0] for g in some], data.take(SAMPLES), reference, batch)
+        for alike in _stacks(some, list(every)):
+            columns = [np.concatenate([layer.columns() for layer in group], axis=1) for group, _ in alike]
+            grams = np.stack([moments.gram for _, moments in alike])
+            found = rounded(np.stack(columns), grams, format=alike[0][0][0].format, base=plan.base)
+            for (group, moments), old, new in zip(alike, columns, found, strict=True):
+                _keep(group, moments, old, new, known)
+            done += len(alike)
+            progress(done, len(groups))
     biases = {layer.bias.name or "": known[layer.bias_key] for layer in wanted if layer.bias is not None}
     return {layer.weight: known[layer.key] for layer in wanted} | biases
 
@@ -87,33 +86,67 @@ def _sharing_rows(layers: Sequence[Layer]) -> list[list[Layer]]:
     return list(groups.values())
 
 
+def _stacks(groups: Sequence[list[Layer]], every: Sequence[Moments]) -> list[list[tuple[list[Layer], Moments]]]:
+    """Return groups with their moments, together those of one size and format, as many as fit ``_STACK`` numbers."""
+    alike: dict[object, list[tuple[list[Layer], Moments]]] = {}
+    for group, moments in zip(groups, every, strict=True):
+        size = len(moments.gram)
+        outputs = sum(layer.outputs for layer in group)
+        alike.setdefault((size, outputs, group[0].format.name), []).append((group, moments))
+    found = []
+    for (size, outputs, _), stack in alike.items():  # type: ignore[misc]
+        fit = max(1, _STACK // (size * max(size, outputs)))
+        found += [stack[i : i + fit] for i in range(0, len(stack), fit)]
+    return found
+
+
+def _keep(group: Sequence[Layer], moments: Moments, old: np.ndarray, new: np.ndarray, known: dict[tuple[str, str], np.ndarray]) -> None:
+    """Put the rounded weights of a group, side by side in ``new``, and its biases into ``known``."""
+    borders = np.cumsum([layer.outputs for layer in group])[:-1]
+    for layer, before, after in zip(group, np.split(old, borders, axis=1), np.split(new, borders, axis=1), strict=True):
+        known[layer.key] = layer.back(after)
+        if layer.bias is not None:
+            known[layer.bias_key] = _corrected(layer.bias, moments.mean @ before - moments.quantized @ after)
+
+
 def rounded(weight: np.ndarray, gram: np.ndarray, *, format: Format, base: Format) -> np.ndarray:
-    """Return ``weight [inputs, outputs]`` on a grid per output, with the least ``sum e^T gram e`` that one sweep finds.
+    """Return ``weight`` on a grid per output, with the least ``sum e^T gram e`` that one sweep finds; layers of one size go together.
 
     Args:
-        weight: float64.
-        gram: ``[inputs, inputs]``, positive semidefinite.
+        weight: float64 ``[layers, inputs, outputs]``, or of one layer ``[inputs, outputs]``.
+        gram: ``[layers, inputs, inputs]`` or ``[inputs, inputs]``, positive semidefinite.
         format: INT8 or FP8, whose codes make the grid.
         base: the floating-point format in which scales are stored.
     """
-    energy = np.diag(gram)
-    step = _steps(weight, energy, format, base)
-    order = np.argsort(-energy, kind="stable")
-    upper = inverse_factor(gram[np.ix_(order, order)] + np.diag(np.full(len(gram), DAMPING * max(float(energy.mean()), 1e-30))))
-    left = weight[order] / step  # what is still to be rounded, in codes
+    if weight.ndim == 2:
+        return np.asarray(rounded(weight[None], gram[None], format=format, base=base)[0])
+    energy = np.diagonal(gram, axis1=1, axis2=2)
+    step = np.stack([_steps(w, e, format, base) for w, e in zip(weight, energy, strict=True)])
+    order = np.argsort(-energy, axis=1, kind="stable")
+    upper = np.stack([_spread(g, o) for g, o in zip(gram, order, strict=True)])
+    left = np.take_along_axis(weight, order[:, :, None], axis=1) / step[:, None]  # what is still to be rounded, in codes
     codes = np.empty_like(left)
-    for start in range(0, len(left), _BLOCK):
-        stop = min(start + _BLOCK, len(left))
-        errors = np.empty((stop - start, weight.shape[1]))
-        for i in range(start, stop):
-            left[i] -= upper[start:i, i] @ errors[: i - start]  # what this block's errors leave to this input
-            codes[i] = codes_of(left[i], format)
-            np.subtract(left[i], codes[i], out=errors[i - start])
-            errors[i - start] /= upper[i, i]
-        left[stop:] -= upper[start:stop, stop:].T @ errors
+    for start in range(0, left.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, left.shape[1])
+        errors = np.empty((len(left), stop - start, left.shape[2]))
+        within = np.ascontiguousarray(upper[:, start:stop, start:stop].swapaxes(1, 2))
+        for i in range(stop - start):
+            now = left[:, start + i]
+            if i:
+                now -= (within[:, i : i + 1, :i] @ errors[:, :i])[:, 0]  # what this block's errors leave to this input
+            codes[:, start + i] = codes_of(now, format)
+            np.subtract(now, codes[:, start + i], out=errors[:, i])
+            errors[:, i] /= within[:, i, i, None]
+        left[:, stop:] -= upper[:, start:stop, stop:].swapaxes(1, 2) @ errors
     back = np.empty_like(codes)
-    back[order] = codes * step
-    return anchored(back, step, format)
+    np.put_along_axis(back, order[:, :, None], codes * step[:, None], axis=1)
+    return np.stack([anchored(b, s, format) for b, s in zip(back, step, strict=True)])
+
+
+def _spread(gram: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return how the errors of inputs in ``order`` spread, after damping."""
+    damping = DAMPING * max(float(np.trace(gram)) / len(gram), 1e-30)
+    return inverse_factor(gram[np.ix_(order, order)] + np.diag(np.full(len(gram), damping)))
 
 
 def inverse_factor(matrix: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from small_graphs import compute, dataset, graph, random, weight
 
 from deploycc.backends.onnxruntime import OnnxRuntime
@@ -12,8 +13,10 @@ from deploycc.core.formats import FP32, INT8
 from deploycc.core.passes import run
 from deploycc.core.plan import PrecisionPlan
 from deploycc.core.target import Target
+from deploycc.quant.calibrate import ROWS, calibrate
+from deploycc.quant.clipping import Mse
 from deploycc.quant.decide import analyse, decide
-from deploycc.quant.rescale import find_rescales
+from deploycc.quant.rescale import find_rescales, find_sites, rescaled
 from passes.insert_qdq import InsertQdq
 from passes.rescale_layernorm import RescaleLayernorm
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx_ir as ir
+
+    from deploycc.core.data import Dataset
 
 D = 32
 REFERENCE = OnnxRuntime()
@@ -38,8 +43,13 @@ def outliers(count: int) -> ir.Model:
 
 def find(model: ir.Model, folder: Path, *, batch: int = 4) -> dict:  # type: ignore[type-arg]
     """Search on sixteen random samples."""
-    data = dataset(folder, model, x=random(16, 16, D, seed=21))
-    return find_rescales(model, data, base=FP32, reference=REFERENCE, batch=batch)
+    return search(model, dataset(folder, model, x=random(16, 16, D, seed=21)), batch=batch)
+
+
+def search(model: ir.Model, data: Dataset, *, batch: int = 4) -> dict:  # type: ignore[type-arg]
+    """Return what is found on ``data``."""
+    sites = find_sites(model)
+    return find_rescales(sites, calibrate(model, data, ranges=[], sites=sites, reference=REFERENCE, batch=batch), base=FP32)
 
 
 def sqnr(model: ir.Model, folder: Path, rescales: dict) -> float:  # type: ignore[type-arg]
@@ -88,12 +98,53 @@ def test_nothing_is_found_where_nothing_gains(tmp_path: Path) -> None:
         w=weight(D, 48),
     )
     data = dataset(tmp_path, model, x=np.sign(random(16, 16, D, seed=21)) + 0.01 * random(16, 16, D))
-    assert find_rescales(model, data, base=FP32, reference=REFERENCE) == {}
+    assert search(model, data) == {}
 
 
-def test_a_model_without_normalizations_costs_nothing(tmp_path: Path) -> None:
+def test_a_model_without_normalizations_has_no_site() -> None:
     model = graph(f"(float[B,{D}] x) => (float[B,4] y) {{ y = MatMul(x, w) }}", w=weight(D, 4))
-    assert find_rescales(model, dataset(tmp_path, model, x=random(4, D)), base=FP32, reference=REFERENCE) == {}
+    assert find_sites(model) == []
+
+
+@pytest.mark.parametrize(
+    ("between", "known"),
+    [
+        ("m = Identity(n)", {"n", "m"}),
+        ("m = Transpose<perm=[1, 0, 2]>(n)", {"n", "m"}),
+        ("m = Slice(n, one, end, one)", {"n"}),  # Its extremes are those of what it takes.
+        ("m = ReduceMean<axes=[1]>(n)", {"n"}),
+    ],
+)
+def test_ranges_behind_a_rescaled_site_need_no_second_pass(between: str, known: set[str], tmp_path: Path) -> None:
+    gamma = 1 + 0.1 * random(D)
+    gamma[:2] *= 20
+    w = weight(D, 48)
+    w[:2] /= 20
+    model = graph(
+        f"(float[B,16,{D}] x) => (y, k) {{ n = LayerNormalization<axis=-1>(x, gamma) {between} y = MatMul(m, w) k = MatMul(n, w) }}",
+        opset=17, gamma=gamma, w=w, one=np.array([1]), end=np.array([9]),
+    )  # fmt: skip
+    data, sites = dataset(tmp_path, model, x=random(16, 16, D, seed=21)), find_sites(model)
+    before = calibrate(model, data, ranges=["x", "n", "m"], sites=sites, reference=REFERENCE, batch=4)
+    rescales = find_rescales(sites, before, base=FP32)
+    assert rescales
+    derived = rescaled(before, sites, rescales)
+    plain, _ = run(model, [RescaleLayernorm(rescales)], contract=CANONICAL)
+    seen = calibrate(plain, data, ranges=["x", "n", "m"], reference=REFERENCE, batch=4)
+    assert set(derived.observers) == {"x", *known}
+    for name, found in derived.observers.items():
+        true = seen.observers[name]
+        np.testing.assert_allclose([found.low, found.high], [true.low, true.high], rtol=1e-5)
+        np.testing.assert_allclose(Mse().limit(found), Mse().limit(true), rtol=0.1)
+
+
+def test_a_site_is_observed_in_bounded_memory_whatever_the_batch(tmp_path: Path) -> None:
+    model = outliers(1)
+    data, sites = dataset(tmp_path, model, x=random(1300, 16, D, seed=21)), find_sites(model)
+    one, other = (calibrate(model, data, ranges=[], sites=sites, reference=REFERENCE, batch=b).channels["n"] for b in (7, 64))
+    assert one.rows.shape == (2 * ROWS, D)
+    for name in ("low", "high", "rows"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 def test_the_plan_carries_them_through_its_file(tmp_path: Path) -> None:
