@@ -50,8 +50,8 @@ def classifier(opset: int) -> onnx.ModelProto:
 @pytest.mark.parametrize("opset", range(11, 24))
 def test_a_model_of_this_opset_becomes_an_int8_engine(opset: int, tmp_path: Path) -> None:
     onnx.save(classifier(opset), tmp_path / "model.onnx")
-    request = BuildRequest(tmp_path / "model.onnx", precision="int8", targets=("tensorrt-rtx:sm_80",), out=tmp_path / "out")
-    report, _ = build(request)
+    request = {"precision": "int8", "targets": ("tensorrt-rtx:sm_80",), "shapes": ("image=1:16:32",), "out": tmp_path / "out"}
+    report, _ = build(BuildRequest(tmp_path / "model.onnx", **request))
     assert report.engines[0]["counts"]["conv_int8"] == 1
     assert report.engines[0]["counts"]["fc_int8"] == 1
     assert report.verification[0]["sqnr_db"] > 25

@@ -167,7 +167,7 @@ def test_models_that_come_in_fp16(tmp_path: Path, precision: str, target: str) -
     constants = {"w": weight(32, 48), "b": weight(48), "u": weight(48, 16) / 8}
     onnx.save(ir.serde.serialize_model(graph(text, **{k: v.astype(np.float16) for k, v in constants.items()})), tmp_path / "m.onnx")
     np.savez(tmp_path / "m.calib.npz", x=random(16, 32).astype(np.float16))
-    report, directory = build(BuildRequest(tmp_path / "m.onnx", precision, targets=(target,), out=tmp_path / "out", shapes=("x=1:4:8",)))
+    report, directory = build(BuildRequest(tmp_path / "m.onnx", precision, targets=(target,), out=tmp_path / "out", shapes=("x=1:16:32",)))
     onnx.checker.check_model(str(directory / "model.onnx"), full_check=True)
     assert report.verification[0]["sqnr_db"] > 25
     assert {r["realised"][target]["verdict"] for r in report.regions} <= {"ok", "unknown"}

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from deploycc.core.errors import UsageError
 from deploycc.core.formats import FORMATS, FP8, INT8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan, Region
@@ -21,7 +23,7 @@ from deploycc.quant.islands import decision_islands, sampling_islands
 from deploycc.quant.methods import AUTO, Question, method_named
 from deploycc.quant.overrides import Override, islands_of_overrides, settle
 from deploycc.quant.regions import partition
-from deploycc.quant.sensitivity import measure_whole
+from deploycc.quant.sensitivity import measure_scales
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -180,11 +182,10 @@ def analyse(
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
     if any(f.reach is not None for f in formats):
         with stage("calibrate"):
-            values = values_of(analysis.regions)
-            if missing := [v for v in values if known is None or v not in known.observers]:
-                more = calibrate(model, data, ranges=missing, reference=reference, batch=batch, progress=progress)
-                known = more if known is None else known | more
-            analysis.statistics = replace(known, observers={v: known.observers[v] for v in values})
+            values, known = values_of(analysis.regions), known or Statistics({}, data.samples, 0.0)
+            if missing := [v for v in values if v not in known.observers]:
+                known |= calibrate(model, data, ranges=missing, reference=reference, batch=batch, progress=progress)
+            analysis.statistics = known = replace(known, observers={v: known.observers[v] for v in values})
             analysis.clipping, analysis.scales = _scaled(analysis, model, known, eligible, clipping, data.take(CLIPPING_SAMPLES), reference)
     if formats and choose:
         question = Question(
@@ -216,10 +217,9 @@ def _scaled(
     if len(found) == 1 or not any(INT8.name in r.formats for r in eligible):
         return found[0]
 
-    def noise(tried: tuple[Clipping, dict[str, dict[str, float]]]) -> float:
-        return measure_whole(model, eligible, [INT8], tried[1], data, reference=reference, batch=analysis.batch)[INT8.name]
-
-    return min(found, key=noise)
+    allowed = [r for r in eligible if INT8.name in r.formats]
+    noise = measure_scales(model, allowed, INT8, [scales for _, scales in found], data, reference=reference, batch=analysis.batch)
+    return found[int(np.argmin(noise))]
 
 
 def _score(analysis: Analysis, question: Question, sensitivity: str, *, runs: int) -> None:

@@ -81,7 +81,8 @@ def _rows(node: ir.Node, batch: int) -> int:
     if shape is None or len(shape) < 2:
         return 0
     rows = [batch if given and given[0] == d and not isinstance(d, int) else d for d in shape[:-1]]
-    return math.prod(d for d in rows) if all(isinstance(d, int) for d in rows) else 0
+    known = [d for d in rows if isinstance(d, int)]
+    return math.prod(known) if len(known) == len(rows) else 0
 
 
 def _fills_blocks(node: ir.Node, shape: tuple[int, ...], format: Format) -> bool:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deploycc.core.plan import Region
 
 FLAG = "deploycc_switch"
+SCALE = "deploycc_scale_"
 # What a region counts whose quantization makes an output infinite or NaN: 90 dB of noise.
 WORST = 1e9
 Progress = Callable[[int, int], None]
@@ -101,8 +102,8 @@ def measure_noise(
         if not eligible:
             continue
         run = reference.executor(_switchable(model, eligible, format, scales), simulate=format.activations == "dynamic")
-        raised = list(np.eye(len(eligible), dtype=bool))
-        ratios = _noise_of(run, raised, data.batches(batch), metric or NOISE, partial(_tick, progress, done, total))
+        alone = [{FLAG: flags} for flags in np.eye(len(eligible), dtype=bool)]
+        ratios = _noise_of(run, _lowered(eligible), alone, data.batches(batch), metric or NOISE, partial(_tick, progress, done, total))
         for region, ratio in zip(eligible, ratios, strict=True):
             noise[region.name][format.name] = ratio
         done += len(eligible)
@@ -124,8 +125,38 @@ def measure_whole(
     for format in formats:
         if eligible := [r for r in regions if format.name in r.formats]:
             run = reference.executor(_switchable(model, eligible, format, scales), simulate=format.activations == "dynamic")
-            (whole[format.name],) = _noise_of(run, [np.ones(len(eligible), bool)], data.batches(batch), NOISE)
+            plain = _lowered(eligible)
+            (whole[format.name],) = _noise_of(run, plain, [{FLAG: ~plain[FLAG]}], data.batches(batch), NOISE)
     return whole
+
+
+def measure_scales(
+    model: ir.Model,
+    regions: Sequence[Region],
+    format: Format,
+    tried: Sequence[Scales],
+    data: Dataset,
+    *,
+    reference: Reference,
+    batch: int = 8,
+) -> list[float]:
+    """Return for each of ``tried`` the noise-to-signal ratio at the outputs with all ``regions``, which allow ``format``, in it.
+
+    The scales are inputs of one graph, so that the runtime prepares it once for all of them.
+    """
+    graph = _switchable(model, regions, format, None)
+    kinds = {v.name or "": v.dtype.numpy() for v in graph.graph.inputs if v.dtype is not None and (v.name or "").startswith(SCALE)}
+    fed = [
+        {name: scale_like(np.dtype(kind), scales[name.removeprefix(SCALE)][format.name]) for name, kind in kinds.items()}
+        for scales in tried
+    ]
+    plain = _lowered(regions) | fed[0]
+    raised = [{FLAG: ~plain[FLAG], **each} for each in fed]
+    return _noise_of(reference.executor(graph), plain, raised, data.batches(batch), NOISE)
+
+
+def _lowered(regions: Sequence[Region]) -> dict[str, np.ndarray]:
+    return {FLAG: np.zeros(len(regions), bool)}
 
 
 def _tick(progress: Progress, before: int, total: int, done: int) -> None:
@@ -133,16 +164,21 @@ def _tick(progress: Progress, before: int, total: int, done: int) -> None:
 
 
 def _noise_of(
-    run: Executor, raised: Sequence[np.ndarray], batches: Iterable[Feeds], metric: Metric, tick: Callable[[int], None] = lambda done: None
+    run: Executor,
+    plain: Feeds,
+    raised: Sequence[Feeds],
+    batches: Iterable[Feeds],
+    metric: Metric,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> list[float]:
-    """Return the noise for each choice of ``raised`` flags."""
+    """Return the noise of each of ``raised`` against ``plain``, which both tell a switchable graph what to quantize."""
     error, size = np.zeros(len(raised)), 0.0
     for feeds in batches:
-        plain = run({**feeds, FLAG: np.zeros_like(raised[0])})
-        size += sum(metric.size(v) for v in plain.values())
-        for i, flags in enumerate(raised):
-            quantized = run({**feeds, FLAG: flags})
-            error[i] += sum(metric.distance(quantized[k], v) for k, v in plain.items())
+        exact = run({**feeds, **plain})
+        size += sum(metric.size(v) for v in exact.values())
+        for i, more in enumerate(raised):
+            quantized = run({**feeds, **more})
+            error[i] += sum(metric.distance(quantized[k], v) for k, v in exact.items())
             tick(i + 1)
     return [min(float(e) / size, WORST) if size else 0.0 for e in np.nan_to_num(error, nan=np.inf)]
 
@@ -180,8 +216,11 @@ NOISE = Metric(_distance, _power)
 DIVERGENCE = Metric(_divergence, len)
 
 
-def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scales: Scales) -> ir.Model:
-    """Return a clone in which regions compute behind ``If(flag[i])``: with quantized operands, or with the plain ones."""
+def _switchable(model: ir.Model, regions: Sequence[Region], format: Format, scales: Scales | None) -> ir.Model:
+    """Return a clone in which regions compute behind ``If(flag[i])``: with quantized operands, or with the plain ones.
+
+    Without ``scales`` those of static INT8 or FP8 are inputs of the graph, ``SCALE`` and the name of the value.
+    """
     clone = model.clone()
     graph = clone.graph
     nodes = {n.name: n for n in graph}
@@ -210,7 +249,7 @@ def quantized_operands(region: Region, nodes: Mapping[str | None, ir.Node], form
             yield name, skips
 
 
-def _switch(graph: ir.Graph, node: ir.Node, flag: ir.Value, operands: tuple[int, ...], format: Format, scales: Scales) -> None:
+def _switch(graph: ir.Graph, node: ir.Node, flag: ir.Value, operands: tuple[int, ...], format: Format, scales: Scales | None) -> None:
     then, other = (_branch(graph, node, chosen, format, scales) for chosen in (operands, ()))
     switch = ir.node("If", [flag], {"then_branch": then, "else_branch": other}, name=f"switch_{node.name}")
     old, new = node.outputs[0], switch.outputs[0]
@@ -221,7 +260,7 @@ def _switch(graph: ir.Graph, node: ir.Node, flag: ir.Value, operands: tuple[int,
     graph.remove(node, safe=True)
 
 
-def _branch(graph: ir.Graph, node: ir.Node, operands: tuple[int, ...], format: Format, scales: Scales) -> ir.Graph:
+def _branch(graph: ir.Graph, node: ir.Node, operands: tuple[int, ...], format: Format, scales: Scales | None) -> ir.Graph:
     """Return a graph that computes ``node`` with some operands quantized."""
     inner: list[ir.Node] = []
     inputs = list(node.inputs)
@@ -233,7 +272,9 @@ def _branch(graph: ir.Graph, node: ir.Node, operands: tuple[int, ...], format: F
     return ir.Graph([], [copy.outputs[0]], nodes=[*inner, copy], name=f"{label}_branch")
 
 
-def _quantized_operand(graph: ir.Graph, node: ir.Node, i: int, format: Format, scales: Scales, inner: list[ir.Node]) -> ir.Value | None:
+def _quantized_operand(
+    graph: ir.Graph, node: ir.Node, i: int, format: Format, scales: Scales | None, inner: list[ir.Node]
+) -> ir.Value | None:
     value = node.inputs[i]
     weight = constant(value)
     if value is None or (weight is None and format.activations == "none"):
@@ -241,11 +282,14 @@ def _quantized_operand(graph: ir.Graph, node: ir.Node, i: int, format: Format, s
     if weight is not None:
         stored = fake_quantized_weight(weight, weight_axis(node), format)
         return add_initializer(graph, f"{value.name}_{format.name}_{node.name}", stored)
-    if format.activations == "dynamic":
+    if format.activations == "dynamic" and scales is not None:
         return _quantized_on_the_fly(graph, node, i, format, scales, inner)
     stem, code_type = f"{node.name}_{i}_{format.name}", getattr(ir.DataType, format.onnx_type)
-    like = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
-    scale_value = add_initializer(graph, f"{stem}_scale", scale_like(like, scales[value.name or ""][format.name]))
+    if scales is None:
+        scale_value = _fed_scale(graph, value)
+    else:
+        like = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
+        scale_value = add_initializer(graph, f"{stem}_scale", scale_like(like, scales[value.name or ""][format.name]))
     zero = add_initializer(graph, f"{stem}_zero", np.zeros((), code_type.numpy()), code_type)
     quantize = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{stem}_q")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{stem}_dq")
@@ -253,6 +297,16 @@ def _quantized_operand(graph: ir.Graph, node: ir.Node, i: int, format: Format, s
         each.outputs[0].name = f"{each.name}_out"
     inner.extend((quantize, dequantize))
     return dequantize.outputs[0]
+
+
+def _fed_scale(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Return the input of the graph that is the scale of ``value``."""
+    name = f"{SCALE}{value.name}"
+    known = next((v for v in graph.inputs if v.name == name), None)
+    if known is None:
+        known = ir.Value(name=name, shape=ir.Shape([]), type=value.type)
+        graph.inputs.append(known)
+    return known
 
 
 def _quantized_on_the_fly(graph: ir.Graph, node: ir.Node, i: int, format: Format, scales: Scales, inner: list[ir.Node]) -> ir.Value | None:

@@ -34,7 +34,7 @@ def analysed(folder: Path, model: ir.Model, formats: tuple[Format, ...], *, choo
         target=parse_target("tensorrt-rtx:sm_89"),
         data=dataset(folder, model, x=x),
         reference=OnnxRuntime(),
-        batch=3,
+        batch=16,
         stage=lambda name: nullcontext(),
         progress=lambda done, total: None,
         sensitivity=sensitivity,
@@ -71,7 +71,7 @@ def test_a_mixed_plan_keeps_the_scales_it_uses(tmp_path: Path) -> None:
     assert summary["estimated_latency_ratio"] == pytest.approx(
         summary["estimated_latency_us"] / sum(analysis.costs[r.name]["fp16"] for r in analysis.regions), abs=1e-3
     )
-    assert summary["estimated_on"] == "L4, batch 3 (roofline estimate, not a measurement)"
+    assert summary["estimated_on"] == "L4, batch 16 (roofline estimate, not a measurement)"
     scores = json.loads(analysis.scores_json())
     assert (scores["schema"], scores["samples"]) == ("deploycc.scores/2", 6)
     assert set(scores["regions"]) == {r.name for r in analysis.regions}
@@ -140,5 +140,5 @@ def test_ranges_reach_as_far_as_errs_least_at_the_outputs(tmp_path: Path, monkey
 
 
 def test_no_network_is_run_to_choose_for_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deciding, "measure_whole", lambda *arguments, **options: pytest.fail("measured for nothing"))
+    monkeypatch.setattr(deciding, "measure_scales", lambda *arguments, **options: pytest.fail("measured for nothing"))
     assert analysed(tmp_path, residual(), (FP8,)).scales

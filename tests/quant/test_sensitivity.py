@@ -17,7 +17,7 @@ from deploycc.core.plan import Assignment, PrecisionPlan
 from deploycc.quant.calibrate import calibrate
 from deploycc.quant.decide import scales_of
 from deploycc.quant.regions import partition
-from deploycc.quant.sensitivity import Scores, measure_noise
+from deploycc.quant.sensitivity import Scores, measure_noise, measure_scales, measure_whole
 from passes.insert_qdq import InsertQdq
 
 if TYPE_CHECKING:
@@ -66,6 +66,19 @@ def test_the_skip_counts(tmp_path: Path) -> None:
     coarse = {**scales, region.residuals[0]: {"int8": scales[region.residuals[0]]["int8"] * 8}}
     worse = measure_noise(model, regions, (INT8,), coarse, dataset(tmp_path, model, x=x), reference=OnnxRuntime())
     assert worse.noise[region.name]["int8"] > 3 * scores.noise[region.name]["int8"]
+
+
+@pytest.mark.parametrize(("make", "shape"), [(residual, (5, 16, 6, 6)), (transformer, (5, 16, 64))])
+def test_scales_are_compared_in_one_graph(tmp_path: Path, make: object, shape: tuple[int, ...]) -> None:
+    model, x = make(), random(*shape)  # type: ignore[operator]
+    regions, scales, _ = scored(tmp_path, model, x, (INT8,))
+    coarse = {name: {"int8": 8 * by["int8"]} for name, by in scales.items() if by}
+    data = dataset(tmp_path, model, x=x)
+    eligible = [r for r in regions if "int8" in r.formats]
+    found = measure_scales(model, eligible, INT8, (scales, coarse), data, reference=OnnxRuntime(), batch=3)
+    whole = [measure_whole(model, eligible, [INT8], each, data, reference=OnnxRuntime(), batch=3)["int8"] for each in (scales, coarse)]
+    assert found == pytest.approx(whole, rel=1e-6)
+    assert found[1] > 3 * found[0]
 
 
 def test_an_exact_region_scores_zero(tmp_path: Path) -> None:
