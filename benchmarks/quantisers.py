@@ -319,7 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=[*NETWORKS, *TRAINED])
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--ours", action="store_true", help="measure deploycc alone")
     parser.add_argument("--cost", action="store_true", help="measure what calibration costs instead")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
