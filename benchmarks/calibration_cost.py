@@ -28,8 +28,9 @@ from deploycc.export import export
 from deploycc.interop import load_model
 from deploycc.quant.calibrate import calibrate
 from deploycc.quant.clipping import Clipping, Entropy, MinMax, Mse, Percentile
-from deploycc.quant.decide import scales_of
+from deploycc.quant.decide import scales_of, values_of
 from deploycc.quant.regions import partition
+from deploycc.quant.rescale import find_sites
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet50", "mobilenetv2_100")
 METHODS: tuple[Clipping, ...] = (MinMax(), Percentile(), Mse(), Entropy())
@@ -57,8 +58,8 @@ def per_image(name: str, path: Path) -> str:
     model, _ = run(loaded, [cls() for phase in ("canonicalize", "prepare") for _, cls in registry.passes(phase)], contract=CANONICAL)
     profiles, _ = profiles_for(model.graph.inputs, [])
     data = {n: open_data(f"synthetic:{n}", model.graph.inputs, profiles, seed=0) for n in (FEW, MANY)}
-    regions = [r for r in partition(model) if INT8.name in r.formats]
-    values = list(dict.fromkeys(v for r in regions for v in (*r.activations, *r.residuals)))
+    regions, sites = partition(model, batch=BATCH), find_sites(model)
+    values, eligible = values_of(regions), [r for r in regions if INT8.name in r.formats]
     reference = registry.backend("onnxruntime")
 
     def forward(samples: Dataset) -> None:
@@ -71,10 +72,10 @@ def per_image(name: str, path: Path) -> str:
         for n, samples in data.items():
             plain[n] = min(plain[n], timed(lambda samples=samples: forward(samples)))
             start = time.perf_counter()
-            seen = calibrate(model, samples, ranges=values, reference=reference, batch=BATCH)
+            seen = calibrate(model, samples, ranges=values, sites=sites, reference=reference, batch=BATCH)
             probed[n] = min(probed[n], time.perf_counter() - start)
     each = [1000 * (t[MANY] - t[FEW]) / (MANY - FEW) for t in (plain, probed)]
-    methods = [timed(lambda m=m: scales_of(seen, regions, [INT8], FP16, softmax=frozenset(), clipping=m)) for m in METHODS]
+    methods = [timed(lambda m=m: scales_of(seen, eligible, [INT8], FP16, softmax=frozenset(), clipping=m)) for m in METHODS]
     cells = [f"{each[0]:.1f}", f"{each[1]:.1f}", f"{each[1] / each[0]:.2f}", *(f"{1000 * s:.0f}" for s in methods)]
     return f"| {name} | " + " | ".join(cells) + " |"
 

@@ -35,7 +35,7 @@ RULES: dict[str, str] = {
     "P16": "In FP8 the classifier of a vision transformer stays in the base format.",
     "P17": "A custom operator takes 8-bit values itself, or none around it are quantized.",
     "P18": "A Resize keeps the scale of its input.",
-    "S1": "A matrix product of fewer than 16 rows (at the batch it is tuned for), terms or columns is not worth computing in codes.",
+    "S1": "A matrix product with K or N below 16 is not worth computing in codes; one of fewer than 16 rows only to save bits.",
     "S2": "A convolution with fewer than 16 input or output channels is not worth quantizing.",
     "S3": "FP8 convolution needs more than 16 channels on both sides and a kernel of at most 32 taps.",
     "S4": "A weighted op with a computed weight is not quantized.",

@@ -27,7 +27,7 @@ def _excluded(subject: Subject, name: str, format: str) -> Iterator[Place]:
 
 @rule("S1", "warning", why="a product so narrow moves memory rather than computes; the pairs cost more than 8 bits save", fix=_FIX)
 def products_are_wide_enough(subject: Subject) -> Iterator[Place]:
-    """A product in codes has at least 16 rows (with a static batch), terms and columns."""
+    """A product in codes has K and N of at least 16."""
     yield from _excluded(subject, "S1", "int8")
     yield from _excluded(subject, "S1", "fp8")
 

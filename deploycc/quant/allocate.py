@@ -58,17 +58,24 @@ class _Problem:
         return sum(c.latency for c in picked) + sum(b.cost(formats) for b in self.boundaries)
 
 
+def pays(region: Region, format: Format) -> bool:
+    """Return whether a precision by name quantizes ``region``: where the rules allow it, but a product of few rows to blocks only (S1)."""
+    return format.name in region.formats and (format.block > 0 or "S1" not in region.rules)
+
+
 def uniform(regions: Sequence[Region], format: Format, base: Format, noise: Costs) -> tuple[Assignment, ...]:
-    """Return ``format`` wherever the rules allow it and ``base`` elsewhere."""
+    """Return ``format`` wherever the rules allow it and it pays, and ``base`` elsewhere."""
     chosen = []
     for region in regions:
-        if not format.is_quantized or format.name in region.formats:
+        if not format.is_quantized or pays(region, format):
             reason = f"--precision {format.name}" if format.is_quantized else f"the base format {base.name}"
             chosen.append(Assignment(region, format, reason, ("X3",), noise.get(region.name, {})))
         else:
             # What has no weight in blocks is excluded by R6, whatever other rules say of other formats.
             rules = region.rules if not format.block or region.kind == "linear" else ("R6",)
             why = f"{format.name} is excluded here by {', '.join(rules)}"
+            if format.name in region.formats:
+                why, rules = f"too few rows for {format.name} to pay (S1)", ("S1",)
             chosen.append(Assignment(region, base, why, rules, noise.get(region.name, {})))
     return tuple(chosen)
 

@@ -15,7 +15,7 @@ from deploycc.core.formats import FORMATS, FP8, INT8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan, Region
 from deploycc.core.quantizers import activation_scale
 from deploycc.core.rescaling import Rescale
-from deploycc.quant.allocate import allocate, bit_operations, uniform
+from deploycc.quant.allocate import allocate, bit_operations, pays, uniform
 from deploycc.quant.calibrate import Statistics, calibrate
 from deploycc.quant.clipping import CANDIDATES, DEFAULT, Clipping, clip_limit
 from deploycc.quant.cost import Boundary, boundaries, estimate_all, is_apart, machine_of, total
@@ -214,11 +214,11 @@ def _scaled(
     softmax = _softmax_outputs(model)
     candidates = (clipping,) if clipping else CANDIDATES if INT8 in analysis.formats else (DEFAULT,)
     found = [(each, scales_of(known, eligible, analysis.formats, analysis.base, softmax=softmax, clipping=each)) for each in candidates]
-    if len(found) == 1 or not any(INT8.name in r.formats for r in eligible):
+    if len(found) == 1 or not any(pays(r, INT8) for r in eligible):
         return found[0]
 
-    allowed = [r for r in eligible if INT8.name in r.formats]
-    noise = measure_scales(model, allowed, INT8, [scales for _, scales in found], data, reference=reference, batch=analysis.batch)
+    usual = [r for r in eligible if pays(r, INT8)]
+    noise = measure_scales(model, usual, INT8, [scales for _, scales in found], data, reference=reference, batch=analysis.batch)
     return found[int(np.argmin(noise))]
 
 

@@ -68,10 +68,8 @@ def linear_formats(group: Sequence[ir.Node], *, transformer: bool, batch: int = 
     blocked = [f.name for f in FORMATS.values() if f.block and all(_fills_blocks(n, s, f) for n, s in zip(group, shapes, strict=True))]
     is_head = transformer and any(v.is_graph_output() for n in group for v in _tail(n))
     rules = ("P16",) if is_head else () if blocked else ("R6",)
-    offered = () if is_head else tuple(blocked)
-    if all(0 < _rows(node, batch) < TILE for node in group):  # It waits for its weight, which blocks make shorter still.
-        return offered, ("S1", *rules)
-    return (("int8",) if is_head else ("int8", "fp8", *offered)), rules
+    waits = all(0 < _rows(node, batch) < TILE for node in group)  # for its weight
+    return (("int8",) if is_head else ("int8", "fp8", *blocked)), (("S1",) if waits else ()) + rules
 
 
 def _rows(node: ir.Node, batch: int) -> int:

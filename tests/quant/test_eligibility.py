@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from small_graphs import graph, weight
 
+from deploycc.core.formats import FP8, INT4, INT8
 from deploycc.core.rules import RULES
+from deploycc.quant.allocate import pays
 from deploycc.quant.regions import partition
 
 
@@ -48,7 +50,8 @@ class TestS1:
     def test_few_rows_only_wait_for_their_weight(self, rows: str, batch: int, narrow: bool) -> None:
         model = graph(f"(float[{rows},64] x) => (float[{rows},64] y) {{ y = MatMul(x, w) }}", w=weight(64, 64))
         (region,) = partition(model, batch=batch)
-        assert (region.formats, region.rules) == ((BLOCKED, ("S1",)) if narrow else ((*BOTH, *BLOCKED), ()))
+        assert (region.formats, region.rules) == ((*BOTH, *BLOCKED), ("S1",) if narrow else ())
+        assert [pays(region, f) for f in (INT8, FP8, INT4)] == [not narrow, not narrow, True]
 
 
 class TestS2:
