@@ -107,7 +107,7 @@ def bisect(
         spec, job.imported.model.graph.inputs, job.profiles, seed=0, preprocessing=read_preprocessing(config)
     )  # fmt: skip
     watch.stage("canonicalize")
-    canonical = reparameterize(job, canonicalize_for(job, plan), plan.rescales)
+    canonical, _ = reparameterize(job, canonicalize_for(job, plan), plan.rescales)
     trial = _Trial(job, canonical, plan, _stored_weights(directory, plan, canonical))
     judge, note = _judge(job, trial, samples.take(SAMPLES if samples.labels is None else LABELLED))
     watch.stage("bisect")

@@ -18,6 +18,7 @@ from deploycc.core.errors import BackendError, BudgetError, ContractError
 from deploycc.core.formats import FORMATS, FP16, INT8, SIMULATIONS
 from deploycc.core.identity import identities
 from deploycc.core.passes import PassCrashed
+from deploycc.core.rescaling import Rescale
 from deploycc.interop import save_model
 from deploycc.output import BuildDirectory, digest_file, versions, write_manifest
 from deploycc.quant.calibrate import calibrate
@@ -25,12 +26,13 @@ from deploycc.quant.clipping import AUTO
 from deploycc.quant.cost import boundaries, estimate_all
 from deploycc.quant.decide import Analysis, analyse, decide, first_noise_bound, values_of
 from deploycc.quant.islands import islands_of
+from deploycc.quant.overrides import settle
 from deploycc.quant.paper import analyse_simulation
 from deploycc.quant.paper_reparameterize import DEFAULT, parse_reparameterization
 from deploycc.quant.ranges import RANGES, load_ranges, save_ranges
 from deploycc.quant.reapply import check_fit
 from deploycc.quant.regions import partition
-from deploycc.quant.rescale import find_rescales, find_sites, rescaled
+from deploycc.quant.rescale import channels_of, find_rescales, find_sites, rescaled
 from deploycc.quant.rounding import round_weights
 from deploycc.render import write_reports
 from deploycc.request import SYNTHETIC_SAMPLES, BuildRequest, Job, Silent, Watcher, resolve
@@ -86,31 +88,32 @@ def _staged(job: Job, directory: BuildDirectory) -> list[str]:
 
 
 def _analyse(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
-    """Rescale where INT8 gains by it, and analyse the result; the digest in the plan is that of the graph before."""
+    """Calibrate, rescale where INT8 gains by it, and analyse the result; the digest in the plan is that of the graph before."""
     if job.plan is not None:
         return _reapply(job, canonical, job.plan)
     if job.request.precision in SIMULATIONS:
         return _simulate(job, canonical)
-    digest, rescales = canonical.digest, {}
+    digest, rescales = canonical.digest, dict[str, Rescale]()
     known = load_ranges(job.request.directory / RANGES, key=_ranges_key(job, digest)) if job.formats else None
     if known is not None:
-        rescales = known[1]
-        canonical = reparameterize(job, canonical, rescales)
+        canonical, rescales = reparameterize(job, canonical, known[1])
+        known = known if rescales == known[1] else None  # With `--verify-each` a pass may be rolled back that was not before.
     elif _rescales(job) and (sites := find_sites(canonical.model)):
+        regions = partition(canonical.model, samples_codes=job.samples_codes, batch=job.batch)
+        ranges = values_of(settle(regions, job.overrides, base=job.base)[0])
         with job.stage("calibrate"):
             seen = calibrate(
                 canonical.model,
                 job.calibration,
-                ranges=values_of(partition(canonical.model, samples_codes=job.samples_codes, batch=job.batch)),
-                sites=sites,
+                ranges=ranges,
+                channels=channels_of(sites, ranges),
                 reference=job.reference,
                 batch=job.batch,
                 progress=job.watch.progress,
             )
         with job.stage("rescale"):
-            rescales = find_rescales(sites, seen, base=job.base)
+            canonical, rescales = reparameterize(job, canonical, find_rescales(sites, seen, base=job.base))
             known = rescaled(seen, sites, rescales), rescales
-            canonical = reparameterize(job, canonical, rescales)
     analysis = analyse(
         canonical.model,
         digest=digest,
@@ -155,7 +158,7 @@ def _reapply(job: Job, canonical: Artefact, plan: PrecisionPlan) -> tuple[Artefa
     analysis.costs = estimate_all(regions, job.targets[0], batch=job.batch)
     analysis.boundaries = boundaries(regions, job.targets[0], batch=job.batch)
     _report_analysis(job, analysis)
-    return reparameterize(job, canonical, plan.rescales), analysis
+    return reparameterize(job, canonical, plan.rescales)[0], analysis
 
 
 def _simulate(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
@@ -173,7 +176,7 @@ def _simulate(job: Job, canonical: Artefact) -> tuple[Artefact, Analysis]:
     )
     _report_analysis(job, analysis)
     job.warn(f"--precision {job.request.precision} simulates quantizers that no engine has: the result shows accuracy, not speed or size")
-    return reparameterize(job, canonical, analysis.rescales), analysis
+    return reparameterize(job, canonical, analysis.rescales)[0], analysis
 
 
 def _report_analysis(job: Job, analysis: Analysis) -> None:
@@ -292,7 +295,12 @@ def _conclude(job: Job, folder: Path, plan: PrecisionPlan, lowered: Artefact, an
     wanted = FORMATS.get(request.precision, plan.base)
     if (wanted.is_quantized or request.precision == "mixed") and not any(a.format.is_quantized for a in plan.assignments):
         where = "`deploycc explain` says why" if request.precision == "mixed" else "report.md names the rules"
-        job.warn(f"--precision {request.precision} quantized nothing: every region computes in {plan.base}; {where}")
+        narrow = (
+            "; tuned for more rows, products are quantized too: --shape NAME=1:32:64"
+            if any(a.rules == ("S1",) for a in plan.assignments)
+            else ""
+        )
+        job.warn(f"--precision {request.precision} quantized nothing: every region computes in {plan.base}; {where}{narrow}")
     findings = {str(e.target): audit.audit(plan, e) for e in engines}
     for engine in engines:
         for text in (*audit.warnings_of(findings[str(engine.target)], engine), *engine.warnings):

@@ -50,13 +50,14 @@ def canonicalize_for(job: Job, plan: PrecisionPlan) -> Artefact:
     return first
 
 
-def reparameterize(job: Job, canonical: Artefact, rescales: Mapping[str, Rescale]) -> Artefact:
-    """Run the exact passes that only move parameters, so that what is quantized later loses less."""
+def reparameterize(job: Job, canonical: Artefact, rescales: Mapping[str, Rescale]) -> tuple[Artefact, dict[str, Rescale]]:
+    """Run the exact passes that only move parameters, so that what is quantized later loses less; return which rescales they did."""
     chosen = chosen_passes(job, "reparameterize", rescales=rescales)
     model, records = run(canonical.model, chosen, contract=CANONICAL, instruments=[*_verifiers(job), *_dumps(job)])
     _warn(job, records)
     job.report.passes += [asdict(r) for r in records]
-    return Artefact(model, Stage.CANONICAL, canonical)
+    done = {rewrite.anchor for record in records for rewrite in record.rewrites}
+    return Artefact(model, Stage.CANONICAL, canonical), {name: rescale for name, rescale in rescales.items() if name in done}
 
 
 def lower(job: Job, canonical: Artefact, plan: PrecisionPlan, weights: Mapping[str, np.ndarray]) -> tuple[Artefact, list[dict[str, Any]]]:

@@ -54,14 +54,14 @@ class Reader:
 class Site:
     """A per-channel affine operation whose last node is ``source``, the channel axis of its value, and every linear reader.
 
-    ``carriers`` are the values that carry the channels to the readers, its own first.
+    ``carriers`` are the values that carry the channels to the readers, its own first, each with the axis on which it has them.
     """
 
     source: ir.Node
     axis: int
     channels: int
     readers: tuple[Reader, ...]
-    carriers: tuple[ir.Value, ...]
+    carriers: tuple[tuple[ir.Value, int], ...]
 
     @property
     def value(self) -> ir.Value:
@@ -88,7 +88,7 @@ def find_site(node: ir.Node) -> Site | Refusal | None:
     if isinstance(readers, Refusal):
         # An affine of which nothing linear is a reader was never a candidate.
         return readers if node.op_type in {"LayerNormalization", "BatchNormalization"} else None
-    return Site(source, axis, channels, readers, tuple(walk.reached))
+    return Site(source, axis, channels, readers, tuple((value, at) for value, (at, _) in walk.reached.items()))
 
 
 def vector(value: ir.Value | None, like: ir.Value) -> tuple[int, int] | None:

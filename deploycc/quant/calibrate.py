@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,19 +27,20 @@ from deploycc.quant.regions import MOVES
 if TYPE_CHECKING:
     from deploycc.core.backend import Reference
     from deploycc.core.data import Dataset
-    from deploycc.core.rescaling import Site
 
 SAMPLE_PER_ROW = 1024
-ROWS = 512  # of channels, of the values at a site; at most twice as many are kept
+# Of the values whose channels are observed: rows of at least so many positions and elements, of so many images evenly spaced.
+POSITIONS, ELEMENTS, IMAGES = 16, 2048, 32
 LEAST_POSITIONS = 6  # along the shorter side of a map
 NON_NEGATIVE = frozenset({"Relu", "Softmax", "Sigmoid", "Abs", "HardSigmoid"})
 KEEPS_SIGN = MOVES | {"AveragePool", "GlobalAveragePool", "ReduceMean"}
 Progress = Callable[[int, int], None]
+_NONE: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Observers by value name, channels by name of a site's value, and where they come from; ``cached`` if an earlier build observed."""
+    """Observers and channels by value name, and where they come from; ``cached`` if an earlier build observed them."""
 
     observers: dict[str, Observer]
     samples: int
@@ -57,7 +59,7 @@ def calibrate(
     *,
     ranges: Sequence[str],
     extremes: Sequence[str] = (),
-    sites: Sequence[Site] = (),
+    channels: Mapping[str, tuple[int, int]] = _NONE,
     reference: Reference,
     batch: int = 8,
     progress: Progress = lambda done, total: None,
@@ -69,7 +71,7 @@ def calibrate(
         data: batches of inputs.
         ranges: names of values that need extremes and a histogram.
         extremes: names of values that need extremes only.
-        sites: where channels are observed one by one as well.
+        channels: axis and number of channels of values whose channels are observed one by one as well.
         reference: executes the graph.
         batch: samples per run; the result does not depend on it.
         progress: called with samples done and in all.
@@ -78,31 +80,43 @@ def calibrate(
         UsageError: when one of ``ranges`` is infinite, or NaN among its sampled elements; the value is named.
     """
     start = time.perf_counter()
-    watched, probes = _with_probes(model, ranges, extremes, sites, rows=max(1, ROWS // max(1, data.samples)))
+    every, share = -(-data.samples // IMAGES), max(1.0, IMAGES / max(1, data.samples))
+    rows = {name: int(share * max(POSITIONS, ELEMENTS // size)) for name, (_, size) in channels.items()}
+    watched, probes = _with_probes(model, ranges, extremes, channels, rows)
     observers = {name: Observer() for name in dict.fromkeys((*ranges, *extremes))}
-    channels = {s.value.name or "": Channels(np.full(s.channels, np.inf), np.full(s.channels, -np.inf)) for s in sites}
+    found: dict[tuple[str, str], list[np.ndarray]] = {(name, what): [] for name in channels for what in ("lowest", "highest", "rows")}
     run, done = reference.executor(watched), 0
     for feeds in data.batches(batch):
-        outputs = run(feeds, list(probes))
+        outputs, images = run(feeds, list(probes)), len(next(iter(feeds.values())))
         for output, (name, what) in probes.items():
-            if name in channels:
-                _take_channels(channels[name], what, outputs[output])
+            value = outputs[output]
+            if name in channels and what != "sample":
+                by_channel = value.reshape(-1, channels[name][1])
+                before = found[name, what]
+                if what == "rows":
+                    before.append(_some(by_channel, images, [i for i in range(images) if (done + i) % every == 0], rows[name]))
+                elif len(by_channel):
+                    before[:] = [(np.min if what == "lowest" else np.max)([*before, *by_channel], axis=0)]
             if name in observers and what != "rows":
-                _take(observers[name], name, what, outputs[output], finite_only=name in ranges)
-        done += len(next(iter(feeds.values())))
+                _take(observers[name], name, what, value, finite_only=name in ranges)
+        done += images
         progress(done, data.samples)
-    return Statistics(observers, done, time.perf_counter() - start, channels=channels)
+    seen = {name: _channels(size, *(found[name, what] for what in ("lowest", "highest", "rows"))) for name, (_, size) in channels.items()}
+    return Statistics(observers, done, time.perf_counter() - start, channels=seen)
 
 
-def _take_channels(channels: Channels, what: str, value: np.ndarray) -> None:
-    if what == "sample":
-        return
-    rows = value.reshape(-1, len(channels.low))
-    if what == "rows":
-        channels.parts.append(rows[: max(0, 2 * ROWS - sum(map(len, channels.parts)))])
-    elif len(rows):
-        channels.low = np.minimum(channels.low, rows.min(axis=0)) if what == "lowest" else channels.low
-        channels.high = np.maximum(channels.high, rows.max(axis=0)) if what == "highest" else channels.high
+def _some(rows: np.ndarray, images: int, chosen: Sequence[int], wanted: int) -> np.ndarray:
+    """Return a copy of about ``wanted`` rows of each chosen image, or of as many rows of all where they do not divide by images."""
+    if len(rows) % images:
+        return rows[:: max(1, len(rows) // max(1, wanted * len(chosen)))].copy() if chosen else rows[:0].copy()
+    by_image = rows.reshape(images, -1, rows.shape[-1])[list(chosen)]
+    return by_image[:, :: max(1, by_image.shape[1] // wanted)].reshape(-1, rows.shape[-1]).copy()
+
+
+def _channels(size: int, low: list[np.ndarray], high: list[np.ndarray], rows: list[np.ndarray]) -> Channels:
+    """Return what was seen of the channels, zeros where there was nothing."""
+    nothing = np.zeros(size, np.float32)
+    return Channels(low[0] if low else nothing, high[0] if high else nothing, np.concatenate([nothing[None][:0], *rows]))
 
 
 def _take(observer: Observer, name: str, what: str, value: np.ndarray, *, finite_only: bool) -> None:
@@ -131,19 +145,18 @@ def _not_finite(name: str, number: float) -> UsageError:
 
 
 def _with_probes(
-    model: ir.Model, ranges: Sequence[str], extremes: Sequence[str], sites: Sequence[Site], *, rows: int
+    model: ir.Model, ranges: Sequence[str], extremes: Sequence[str], channels: Mapping[str, tuple[int, int]], rows: Mapping[str, int]
 ) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
     """Return a clone with probe outputs, and what each probe output is: ``{output: (value, kind)}``."""
     clone = model.clone()
     values = {v.name: v for v in clone.graph.inputs} | {v.name: v for node in clone.graph for v in node.outputs}
-    axes = {site.value.name or "": site.axis for site in sites}
     probes: dict[str, tuple[str, str]] = {}
-    for name in dict.fromkeys((*ranges, *extremes, *axes)):
+    for name in dict.fromkeys((*ranges, *extremes, *channels)):
         value = values[name]
         if value.dtype not in FLOAT_TYPES:
             raise TypeError(f"'{name}' is {value.dtype}, and only floating-point values have ranges")
         probe = _Probe(clone.graph, value, f"probe_{len(probes)}")
-        found = probe.channels(axes[name], rows) if name in axes else probe.extremes()
+        found = probe.channels(*channels[name], rows[name]) if name in channels else probe.extremes()
         for what, output in (found | (probe.sample() if name in ranges else {})).items():
             clone.graph.outputs.append(output)
             probes[output.name or ""] = (name, what)
@@ -163,19 +176,19 @@ class _Probe:
             return {"highest": self._put("GlobalMaxPool", self.value) if _map_sizes(self.value) else self._reduced("ReduceMax")}
         return {"lowest": self._reduced("ReduceMin"), "highest": self._reduced("ReduceMax")}
 
-    def channels(self, axis: int, rows: int) -> dict[str, ir.Value]:
+    def channels(self, axis: int, size: int, rows: int) -> dict[str, ir.Value]:
         """Return the lowest and highest of each channel, and ``rows`` or a few more rows of channels of each image."""
-        size = len(self.value.shape or ())
-        others = [a for a in range(size) if a != axis]
+        last = len(self.value.shape or ()) - 1
+        others = [a for a in range(last + 1) if a != axis]
         within = [a for a in others if a] or others
         found = {
             what: self._behind(reduction(op, self.value, within, self.graph, f"{self.name}_{op}"))
             for what, op in (("lowest", "ReduceMin"), ("highest", "ReduceMax"))
         }
-        last = self._put("Transpose", self.value, perm=[*others, axis]) if axis != size - 1 else self.value
-        count, channels = self._positions(axis), self.value.shape[axis]  # type: ignore[index]
-        shape = add_initializer(self.graph, f"{self.name}_shape", np.array([-1, count, channels], np.int64))
-        return {**found, "rows": self._sliced(self._put("Reshape", last, shape), [0], [1], max(1, count // rows))}
+        value = self._put("Transpose", self.value, perm=[*others, axis]) if axis != last else self.value
+        count = self._positions(axis)
+        shape = add_initializer(self.graph, f"{self.name}_shape", np.array([-1, count, size], np.int64))
+        return {**found, "rows": self._sliced(self._put("Reshape", value, shape), [0], [1], max(1, count // rows))}
 
     def _positions(self, axis: int) -> int:
         """Return how many rows of channels one image has; 1 where that is not known, so that every row is taken."""

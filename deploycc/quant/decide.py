@@ -182,10 +182,11 @@ def analyse(
     eligible = [r for r in analysis.regions if any(f.name in r.formats for f in formats)]
     if any(f.reach is not None for f in formats):
         with stage("calibrate"):
-            values, known = values_of(analysis.regions), known or Statistics({}, data.samples, 0.0)
-            if missing := [v for v in values if v not in known.observers]:
+            values, needed = values_of(analysis.regions), values_of(eligible if known is not None else analysis.regions)
+            known = known or Statistics({}, data.samples, 0.0)
+            if missing := [v for v in needed if v not in known.observers]:
                 known |= calibrate(model, data, ranges=missing, reference=reference, batch=batch, progress=progress)
-            analysis.statistics = known = replace(known, observers={v: known.observers[v] for v in values})
+            analysis.statistics = known = replace(known, observers={v: o for v, o in known.observers.items() if v in values})
             analysis.clipping, analysis.scales = _scaled(analysis, model, known, eligible, clipping, data.take(CLIPPING_SAMPLES), reference)
     if formats and choose:
         question = Question(

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from deploycc.core.blocks import block_axis, block_size
 from deploycc.core.dcnv3 import feeds_offsets
@@ -15,8 +16,6 @@ from deploycc.core.placement import weight_axis
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import onnx_ir as ir
 
     from deploycc.core.formats import Format
 
@@ -78,7 +77,8 @@ def _rows(node: ir.Node, batch: int) -> int:
     given = node.graph.inputs[0].shape if node.graph is not None and node.graph.inputs else None
     if shape is None or len(shape) < 2:
         return 0
-    rows = [batch if given and given[0] == d and not isinstance(d, int) else d for d in shape[:-1]]
+    named = given[0] if given and isinstance(given[0], ir.SymbolicDim) and given[0].value else None
+    rows = [batch if named is not None and d == named else d for d in shape[:-1]]
     known = [d for d in rows if isinstance(d, int)]
     return math.prod(known) if len(known) == len(rows) else 0
 

@@ -61,22 +61,17 @@ class Observer:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Channels:
-    """Extremes per channel ``[C]`` over every element, and rows of channels of a fixed sample of positions of the first images."""
+    """Extremes per channel ``[C]`` over every element, and rows ``[rows, C]`` of channels of a sample of positions of some images."""
 
     low: np.ndarray
     high: np.ndarray
-    parts: list[np.ndarray] = field(default_factory=list)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Return the sampled rows, ``[rows, C]``."""
-        return np.concatenate([np.empty((0, len(self.low)), np.float32), *self.parts])
+    rows: np.ndarray
 
     def moved(self, scale: np.ndarray, shift: np.ndarray) -> Channels:
         """Return what is known of ``(x - shift) * scale``, both of one number per channel."""
-        return Channels((self.low - shift) * scale, (self.high - shift) * scale, [(self.rows - shift) * scale])
+        return Channels(*((each - shift) * scale for each in (self.low, self.high, self.rows)))
 
     def observer(self) -> Observer:
         """Return the statistics of all channels together."""

@@ -54,23 +54,38 @@ def find_rescales(sites: Sequence[Site], seen: Statistics, *, base: Format) -> d
     return {name: rescale for name, rescale in found.items() if rescale is not None}
 
 
-def rescaled(seen: Statistics, sites: Sequence[Site], rescales: Mapping[str, Rescale]) -> Statistics:
-    """Return what is known of the rescaled graph without another pass; nothing of values that only part of a site's value reaches.
+def channels_of(sites: Sequence[Site], ranges: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return axis and number of channels of the values to observe: those of the sites, and of ``ranges`` what holds only part of one."""
+    found = {}
+    for site in sites:
+        whole = _whole(site)
+        watched = [(v, axis) for v, axis in site.carriers if v is site.value or (v.name in ranges and v not in whole)]
+        found.update({v.name or "": (axis, site.channels) for v, axis in watched})
+    return found
 
-    Where no site's channels go, it computes what it computed before.
-    """
+
+def rescaled(seen: Statistics, sites: Sequence[Site], rescales: Mapping[str, Rescale]) -> Statistics:
+    """Return what is known of the rescaled graph without another pass. Where no site's channels go, it computes what it did before."""
     observers = dict(seen.observers)
     for site in sites:
         if (rescale := rescales.get(site.source.name or "")) is None:
             continue
-        after, whole = seen.channels[site.value.name or ""].moved(*_arrays(rescale)).observer(), set()
-        for value in site.carriers:
-            node = value.producer()
-            is_whole = value is site.value or (node is not None and node.op_type in _KEEPS_ALL and node.inputs[0] in whole)
-            whole |= {value} if is_whole else set()
-            if observers.pop(value.name or "", None) is not None and is_whole:
-                observers[value.name or ""] = after
+        whole = _whole(site)
+        for value, _ in site.carriers:
+            if value.name in observers:
+                channels = seen.channels[(site.value if value in whole else value).name or ""]
+                observers[value.name] = channels.moved(*_arrays(rescale)).observer()
     return replace(seen, observers=observers, channels={})
+
+
+def _whole(site: Site) -> set[ir.Value]:
+    """Return the carriers that hold every element of the site's value and nothing else."""
+    found = {site.value}
+    for value, _ in site.carriers:
+        node = value.producer()
+        if node is not None and node.op_type in _KEEPS_ALL and node.inputs[0] in found:
+            found.add(value)
+    return found
 
 
 def _choose(site: Site, channels: Channels, base: Format) -> Rescale | None:

@@ -45,7 +45,7 @@ class TestS1:
     @pytest.mark.parametrize(
         ("rows", "batch", "narrow"),
         [("1,1", 0, True), ("1,15", 32, True), ("1,16", 0, False), ("B", 0, False), ("B", 15, True), ("B", 16, False), ("B,2", 8, False),
-         ("B,T", 1, False)],
+         ("B,T", 1, False), ("?,?", 3, False)],
     )  # fmt: skip
     def test_few_rows_only_wait_for_their_weight(self, rows: str, batch: int, narrow: bool) -> None:
         model = graph(f"(float[{rows},64] x) => (float[{rows},64] y) {{ y = MatMul(x, w) }}", w=weight(64, 64))
