@@ -19,6 +19,7 @@ from deploycc.core.plan import PrecisionPlan
 from deploycc.core.shapes import profiles_for
 from deploycc.core.target import Target
 from deploycc.pipeline import build
+from deploycc.quant import decide as deciding
 from deploycc.quant.calibrate import calibrate
 from deploycc.quant.clipping import Mse
 from deploycc.quant.decide import analyse, decide
@@ -209,6 +210,20 @@ def test_what_the_pass_declines_keeps_its_ranges(tmp_path: Path) -> None:
     plan = PrecisionPlan.from_json((directory / "plan.json").read_text())
     assert plan.rescales == {}
     assert report.verification[0]["sqnr_db"] > 25
+
+
+def test_one_pass_serves_calibration_and_rescaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gamma, w = 1 + 0.1 * random(D), weight(D, 48)
+    gamma[:2] *= 20
+    w[:2] /= 20
+    text = f"(float[B,16,{D}] x) => (y) {{ n = LayerNormalization<axis=-1>(x, gamma) c = Gather<axis=1>(n, first) y = MatMul(c, w) }}"
+    onnx.save(ir.serde.serialize_model(graph(text, gamma=gamma, w=w, first=np.array(0))), tmp_path / "m.onnx")
+    np.savez(tmp_path / "m.calib.npz", x=random(32, 16, D, seed=21))
+    monkeypatch.setattr(deciding, "calibrate", lambda *arguments, **options: pytest.fail("observed again"))
+    request = {"precision": "int8", "targets": ("onnxruntime",), "out": tmp_path / "out", "shapes": ("x=1:16:32",)}
+    report, directory = build(BuildRequest(tmp_path / "m.onnx", **request))
+    assert PrecisionPlan.from_json((directory / "plan.json").read_text()).rescales
+    assert report.verification[0]["sqnr_db"] > 30
 
 
 def test_a_region_left_in_floating_point_needs_no_range(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from deploycc.backends.onnxruntime import OnnxRuntime
 from deploycc.core.formats import FP8, FP16, FP32, INT8, Format
 from deploycc.core.plan import Assignment, PrecisionPlan
 from deploycc.core.quantizers import decode, quantize_weight
+from deploycc.quant import rounding
 from deploycc.quant.layers import Layer, codes_of
 from deploycc.quant.regions import partition
 from deploycc.quant.rounding import SAMPLES, round_weights, rounded
@@ -50,6 +51,29 @@ def test_insertion_finds_exactly_these_values(format: Format, base: Format) -> N
     found = rounded(w, x.T @ x / len(x), format=format, base=base).astype(np.float32)
     codes, scale = quantize_weight(found, axis=1, format=format, base=base)
     assert np.array_equal(decode(codes, scale, axis=1), found)
+
+
+@FORMATS
+def test_layers_of_one_size_are_rounded_together_as_each_by_itself(format: Format) -> None:
+    inputs = [correlated(256, seed=i) for i in range(3)]
+    w = np.stack([weight(C, OUT, seed=i).astype(np.float64) for i in range(3)])
+    grams = np.stack([x.T @ x / len(x) for x in inputs])
+    together = rounded(w, grams, format=format, base=FP32)
+    for found, alone, gram in zip(together, w, grams, strict=True):
+        np.testing.assert_allclose(found, rounded(alone, gram, format=format, base=FP32), rtol=1e-12)
+
+
+@pytest.mark.parametrize("numbers", [1, 2 * C * C])
+def test_what_does_not_fit_together_is_rounded_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    names = [f"w{i}" for i in range(5)]
+    body = " ".join(f"h{i} = MatMul(x{i}, w{i}) x{i + 1} = Relu(h{i})" for i in range(5))
+    model = graph(f"(float[B,{C}] x0) => (x5) {{ {body} }}", **{n: weight(C, C, seed=i) for i, n in enumerate(names)})
+    data = dataset(tmp_path, model, x0=correlated(64).astype(np.float32))
+    whole = round_weights(model, plan_of(model, INT8), data, reference=OnnxRuntime())
+    monkeypatch.setattr(rounding, "_STACK", numbers)
+    parts = round_weights(model, plan_of(model, INT8), data, reference=OnnxRuntime())
+    assert sorted(whole) == names
+    assert all(np.array_equal(whole[n], parts[n]) for n in names)
 
 
 def test_without_correlation_every_weight_goes_to_its_nearest_code() -> None:
