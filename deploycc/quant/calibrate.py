@@ -1,7 +1,8 @@
 """Collect ranges of activations in one streamed pass over the data, inside the executing graph.
 
 For every observed value the graph gets a ``ReduceMin``, a ``ReduceMax`` and a strided sample per image, so that only scalars
-and small samples leave the runtime, whatever the size of the maps. Memory does not grow with the number of images.
+and small samples leave the runtime, whatever the size of the maps. Memory does not grow with the number of images. Where channels are
+asked for, the extremes of each leave it as well, and rows of channels, of which those of some images are kept.
 Maps between convolutions are observed by pooling: ONNX Runtime keeps them in blocks of channels, in which it also pools, while any
 other operator has the whole map rearranged first, and that took longer than the observation.
 """
@@ -12,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +35,6 @@ LEAST_POSITIONS = 6  # along the shorter side of a map
 NON_NEGATIVE = frozenset({"Relu", "Softmax", "Sigmoid", "Abs", "HardSigmoid"})
 KEEPS_SIGN = MOVES | {"AveragePool", "GlobalAveragePool", "ReduceMean"}
 Progress = Callable[[int, int], None]
-_NONE: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def calibrate(
     *,
     ranges: Sequence[str],
     extremes: Sequence[str] = (),
-    channels: Mapping[str, tuple[int, int]] = _NONE,
+    channels: Mapping[str, tuple[int, int]] | None = None,
     reference: Reference,
     batch: int = 8,
     progress: Progress = lambda done, total: None,
@@ -80,43 +79,55 @@ def calibrate(
         UsageError: when one of ``ranges`` is infinite, or NaN among its sampled elements; the value is named.
     """
     start = time.perf_counter()
-    every, share = -(-data.samples // IMAGES), max(1.0, IMAGES / max(1, data.samples))
-    rows = {name: int(share * max(POSITIONS, ELEMENTS // size)) for name, (_, size) in channels.items()}
-    watched, probes = _with_probes(model, ranges, extremes, channels, rows)
+    watches = {name: _Watch(axis, size, data.samples) for name, (axis, size) in (channels or {}).items()}
+    watched, probes = _with_probes(model, ranges, extremes, watches)
     observers = {name: Observer() for name in dict.fromkeys((*ranges, *extremes))}
-    found: dict[tuple[str, str], list[np.ndarray]] = {(name, what): [] for name in channels for what in ("lowest", "highest", "rows")}
     run, done = reference.executor(watched), 0
     for feeds in data.batches(batch):
         outputs, images = run(feeds, list(probes)), len(next(iter(feeds.values())))
         for output, (name, what) in probes.items():
-            value = outputs[output]
-            if name in channels and what != "sample":
-                by_channel = value.reshape(-1, channels[name][1])
-                before = found[name, what]
-                if what == "rows":
-                    before.append(_some(by_channel, images, [i for i in range(images) if (done + i) % every == 0], rows[name]))
-                elif len(by_channel):
-                    before[:] = [(np.min if what == "lowest" else np.max)([*before, *by_channel], axis=0)]
+            if name in watches:
+                watches[name].take(what, outputs[output], range(done, done + images))
             if name in observers and what != "rows":
-                _take(observers[name], name, what, value, finite_only=name in ranges)
+                _take(observers[name], name, what, outputs[output], finite_only=name in ranges)
         done += images
         progress(done, data.samples)
-    seen = {name: _channels(size, *(found[name, what] for what in ("lowest", "highest", "rows"))) for name, (_, size) in channels.items()}
+    seen = {name: watch.channels() for name, watch in watches.items()}
     return Statistics(observers, done, time.perf_counter() - start, channels=seen)
 
 
-def _some(rows: np.ndarray, images: int, chosen: Sequence[int], wanted: int) -> np.ndarray:
-    """Return a copy of about ``wanted`` rows of each chosen image, or of as many rows of all where they do not divide by images."""
-    if len(rows) % images:
-        return rows[:: max(1, len(rows) // max(1, wanted * len(chosen)))].copy() if chosen else rows[:0].copy()
-    by_image = rows.reshape(images, -1, rows.shape[-1])[list(chosen)]
-    return by_image[:, :: max(1, by_image.shape[1] // wanted)].reshape(-1, rows.shape[-1]).copy()
+class _Watch:
+    """Gathers what is seen of the channels of one value: extremes of all images, and rows of some."""
 
+    def __init__(self, axis: int, size: int, samples: int) -> None:
+        self.axis, self.size = axis, size
+        self.every = -(-samples // IMAGES)
+        self.rows = int(max(POSITIONS, ELEMENTS // size) * max(1.0, IMAGES / max(1, samples)))
+        self.seen: dict[str, list[np.ndarray]] = {"lowest": [], "highest": [], "rows": []}
 
-def _channels(size: int, low: list[np.ndarray], high: list[np.ndarray], rows: list[np.ndarray]) -> Channels:
-    """Return what was seen of the channels, zeros where there was nothing."""
-    nothing = np.zeros(size, np.float32)
-    return Channels(low[0] if low else nothing, high[0] if high else nothing, np.concatenate([nothing[None][:0], *rows]))
+    def take(self, what: str, value: np.ndarray, images: range) -> None:
+        """Take in one output of a batch of ``images``."""
+        if what == "sample" or value.size == 0:
+            return
+        by_channel, before = value.reshape(-1, self.size), self.seen[what]
+        if what == "rows":
+            before.append(self._some(by_channel, [i for i, image in enumerate(images) if image % self.every == 0], len(images)))
+        else:
+            before[:] = [(np.min if what == "lowest" else np.max)([*before, *by_channel], axis=0)]
+
+    def channels(self) -> Channels:
+        """Return what was seen: no rows and no extremes, the lowest above the highest, where there was nothing."""
+        nothing = np.zeros((0, self.size), np.float32)
+        low, high = (np.array([*nothing, *self.seen[what]]).reshape(-1, self.size) for what in ("lowest", "highest"))
+        rows = np.concatenate([nothing, *self.seen["rows"]])
+        return Channels(low.min(axis=0, initial=np.inf), high.max(axis=0, initial=-np.inf), rows)
+
+    def _some(self, rows: np.ndarray, chosen: Sequence[int], images: int) -> np.ndarray:
+        """Return a copy of about ``self.rows`` rows of each chosen image, or of as many rows of all where they do not divide by images."""
+        if len(rows) % images:
+            return rows[:: max(1, len(rows) // (self.rows * len(chosen)))].copy() if chosen else rows[:0].copy()
+        by_image = rows.reshape(images, -1, self.size)[list(chosen)]
+        return by_image[:, :: max(1, by_image.shape[1] // self.rows)].reshape(-1, self.size).copy()
 
 
 def _take(observer: Observer, name: str, what: str, value: np.ndarray, *, finite_only: bool) -> None:
@@ -145,18 +156,18 @@ def _not_finite(name: str, number: float) -> UsageError:
 
 
 def _with_probes(
-    model: ir.Model, ranges: Sequence[str], extremes: Sequence[str], channels: Mapping[str, tuple[int, int]], rows: Mapping[str, int]
+    model: ir.Model, ranges: Sequence[str], extremes: Sequence[str], watches: Mapping[str, _Watch]
 ) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
     """Return a clone with probe outputs, and what each probe output is: ``{output: (value, kind)}``."""
     clone = model.clone()
     values = {v.name: v for v in clone.graph.inputs} | {v.name: v for node in clone.graph for v in node.outputs}
     probes: dict[str, tuple[str, str]] = {}
-    for name in dict.fromkeys((*ranges, *extremes, *channels)):
+    for name in dict.fromkeys((*ranges, *extremes, *watches)):
         value = values[name]
         if value.dtype not in FLOAT_TYPES:
             raise TypeError(f"'{name}' is {value.dtype}, and only floating-point values have ranges")
         probe = _Probe(clone.graph, value, f"probe_{len(probes)}")
-        found = probe.channels(*channels[name], rows[name]) if name in channels else probe.extremes()
+        found = probe.channels(watches[name]) if name in watches else probe.extremes()
         for what, output in (found | (probe.sample() if name in ranges else {})).items():
             clone.graph.outputs.append(output)
             probes[output.name or ""] = (name, what)
@@ -176,9 +187,9 @@ class _Probe:
             return {"highest": self._put("GlobalMaxPool", self.value) if _map_sizes(self.value) else self._reduced("ReduceMax")}
         return {"lowest": self._reduced("ReduceMin"), "highest": self._reduced("ReduceMax")}
 
-    def channels(self, axis: int, size: int, rows: int) -> dict[str, ir.Value]:
-        """Return the lowest and highest of each channel, and ``rows`` or a few more rows of channels of each image."""
-        last = len(self.value.shape or ()) - 1
+    def channels(self, watch: _Watch) -> dict[str, ir.Value]:
+        """Return the lowest and highest of each channel, and some rows of channels of each image."""
+        last, axis = len(self.value.shape or ()) - 1, watch.axis
         others = [a for a in range(last + 1) if a != axis]
         within = [a for a in others if a] or others
         found = {
@@ -187,8 +198,8 @@ class _Probe:
         }
         value = self._put("Transpose", self.value, perm=[*others, axis]) if axis != last else self.value
         count = self._positions(axis)
-        shape = add_initializer(self.graph, f"{self.name}_shape", np.array([-1, count, size], np.int64))
-        return {**found, "rows": self._sliced(self._put("Reshape", value, shape), [0], [1], max(1, count // rows))}
+        shape = add_initializer(self.graph, f"{self.name}_shape", np.array([-1, count, watch.size], np.int64))
+        return {**found, "rows": self._sliced(self._put("Reshape", value, shape), [0], [1], max(1, count // watch.rows))}
 
     def _positions(self, axis: int) -> int:
         """Return how many rows of channels one image has; 1 where that is not known, so that every row is taken."""
