@@ -30,7 +30,7 @@ from deploycc.quant.calibrate import calibrate
 from deploycc.quant.clipping import Clipping, Entropy, MinMax, Mse, Percentile
 from deploycc.quant.decide import scales_of, values_of
 from deploycc.quant.regions import partition
-from deploycc.quant.rescale import find_sites
+from deploycc.quant.rescale import channels_of, find_sites
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet50", "mobilenetv2_100")
 METHODS: tuple[Clipping, ...] = (MinMax(), Percentile(), Mse(), Entropy())
@@ -58,8 +58,9 @@ def per_image(name: str, path: Path) -> str:
     model, _ = run(loaded, [cls() for phase in ("canonicalize", "prepare") for _, cls in registry.passes(phase)], contract=CANONICAL)
     profiles, _ = profiles_for(model.graph.inputs, [])
     data = {n: open_data(f"synthetic:{n}", model.graph.inputs, profiles, seed=0) for n in (FEW, MANY)}
-    regions, sites = partition(model, batch=BATCH), find_sites(model)
+    regions = partition(model, batch=BATCH)
     values, eligible = values_of(regions), [r for r in regions if INT8.name in r.formats]
+    channels = channels_of(find_sites(model), values)
     reference = registry.backend("onnxruntime")
 
     def forward(samples: Dataset) -> None:
@@ -72,7 +73,7 @@ def per_image(name: str, path: Path) -> str:
         for n, samples in data.items():
             plain[n] = min(plain[n], timed(lambda samples=samples: forward(samples)))
             start = time.perf_counter()
-            seen = calibrate(model, samples, ranges=values, sites=sites, reference=reference, batch=BATCH)
+            seen = calibrate(model, samples, ranges=values, channels=channels, reference=reference, batch=BATCH)
             probed[n] = min(probed[n], time.perf_counter() - start)
     each = [1000 * (t[MANY] - t[FEW]) / (MANY - FEW) for t in (plain, probed)]
     methods = [timed(lambda m=m: scales_of(seen, eligible, [INT8], FP16, softmax=frozenset(), clipping=m)) for m in METHODS]
