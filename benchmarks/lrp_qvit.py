@@ -87,7 +87,7 @@ def subject(name: str, count: int, *, planted: bool = False) -> Subject:
     job = resolve(request, Silent())
     canonical = canonicalize(job)
     if planted:
-        canonical = reparameterize(job, canonical, outliers(canonical.model))
+        canonical, _ = reparameterize(job, canonical, outliers(canonical.model))
     regions = partition(canonical.model)
     with np.load(FASHION / "eval.npz") as test:
         images, labels = test["image"][:count], test["labels"][:count]
@@ -125,7 +125,7 @@ def simulated(of: Subject, data: Dataset, assignments: Sequence[Assignment], way
     """Return accuracy in percent and SQNR of the logits in dB of one simulation."""
     found = calibrate_simulation(of.canonical.model, assignments, data, reparameterization=parse_reparameterization(way))
     plan = PrecisionPlan(FP32, tuple(assignments), rescales=found.rescales, quantizers=found.quantizers)
-    built, _ = lower(of.job, reparameterize(of.job, of.canonical, found.rescales), plan, {})
+    built, _ = lower(of.job, reparameterize(of.job, of.canonical, found.rescales)[0], plan, {})
     got = logits(built.model, of.images)
     noise = float(np.sum((got - of.wanted) ** 2, dtype=np.float64))
     return score(got, of.labels), 10 * float(np.log10(np.sum(of.wanted**2, dtype=np.float64) / noise))
