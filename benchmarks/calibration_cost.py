@@ -34,7 +34,7 @@ from deploycc.quant.rescale import channels_of, find_sites
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet50", "mobilenetv2_100")
 METHODS: tuple[Clipping, ...] = (MinMax(), Percentile(), Mse(), Entropy())
-FEW, MANY, ROUNDS, BATCH = 8, 40, 7, 8
+FEW, MANY, ROUNDS, BATCH = 8, 40, 15, 8
 
 
 def costs() -> Iterator[str]:
