@@ -33,7 +33,6 @@ from rich.table import Table
 from sensitivity import EVALUATION, EXTRA, MODELS, ROOT, Subject, measured, subject
 
 from deploycc.core.formats import FORMATS, INT8, Format
-from deploycc.core.graph import append_node
 from deploycc.core.plan import PrecisionPlan
 from deploycc.core.quantizers import largest_code
 from deploycc.quant.allocate import uniform
@@ -142,7 +141,10 @@ def built(each: Subject, plan: PrecisionPlan, weights: Mapping[str, np.ndarray],
         readers = list(output.uses())
         value = ir.Value(name=f"{output.name}_shift", const_value=ir.tensor(broadcast.astype(np.float32), name=f"{output.name}_shift"))
         graph.register_initializer(value)
-        moved = append_node(graph, ir.node("Add", [output, value], name=f"{node.name}_shift"))
+        add = ir.node("Add", [output, value], name=f"{node.name}_shift")
+        graph.append(add)
+        moved = add.outputs[0]
+        moved.name, moved.type = f"{add.name}_out", output.type
         for reader, i in readers:
             reader.replace_input_with(i, moved)
     graph.sort()

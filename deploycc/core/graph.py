@@ -121,14 +121,6 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.Dat
     return value
 
 
-def append_node(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    """Put a named node at the end of the graph; its only output gets a name from it and the type of its first input."""
-    output = node.outputs[0]
-    output.name, output.type = f"{node.name}_out", node.inputs[0].type if node.inputs[0] is not None else None
-    graph.append(node)
-    return output
-
-
 def reduction(op: str, value: ir.Value, axes: Sequence[int], graph: ir.Graph, name: str) -> ir.Node:
     """Return a node that reduces ``value`` over ``axes`` and drops them, as the opset of ``graph`` writes it; it is in no graph yet."""
     if graph.opset_imports.get("", 0) < 18:

@@ -215,10 +215,9 @@ def _scaled(
     softmax = _softmax_outputs(model)
     candidates = (clipping,) if clipping else CANDIDATES if INT8 in analysis.formats else (DEFAULT,)
     found = [(each, scales_of(known, eligible, analysis.formats, analysis.base, softmax=softmax, clipping=each)) for each in candidates]
-    if len(found) == 1 or not any(pays(r, INT8) for r in eligible):
-        return found[0]
-
     usual = [r for r in eligible if pays(r, INT8)]
+    if len(found) == 1 or not usual:
+        return found[0]
     noise = measure_scales(model, usual, INT8, [scales for _, scales in found], data, reference=reference, batch=analysis.batch)
     return found[int(np.argmin(noise))]
 
